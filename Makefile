@@ -1,0 +1,29 @@
+# Everything a newcomer needs: each target prepares its own virtual environment.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test run lint clean
+
+demo: .venv/.ready
+	$(BIN)/lucent-relay demo
+
+test: .venv/.ready
+	$(BIN)/pytest
+
+run: .venv/.ready
+	$(BIN)/lucent-relay run --config config/relay.toml
+
+lint: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lucent-relay needs Python 3.11 or newer; set PYTHON=python3.x")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist
