@@ -1,0 +1,223 @@
+"""Serves a sandbox: on an address for whoever has a nursery, or as a command.
+
+Does not decide anything about batches; see `relay.sandbox.service`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random  # noqa: TID251 - the composition of a command of its own: one generator, seeded below
+import signal
+import sys
+
+import msgspec
+import trio
+
+from relay.config import Listen
+from relay.errors import ConfigError
+from relay.http.listener import HttpListener, open_listeners
+from relay.sandbox.faults import FaultSettings
+from relay.sandbox.service import Sandbox, SandboxSettings
+
+DEFAULT_ADDRESS = "127.0.0.1:8790"
+"""Beside the relay's 8787 and 8788."""
+
+MAX_BUFFERED_BYTES = 536_870_912
+"""Bodies being received at once: eight relays' worth of largest single events. A test tool may use memory."""
+
+
+async def serve_sandbox(
+    sandbox: Sandbox, address: str, *, task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """Serve until cancelled.
+
+    Args:
+        sandbox: What answers.
+        address: `host:port`; port 0 picks a free one.
+        task_status: Started with the base URL, such as `http://127.0.0.1:8790`.
+
+    Cancellation:
+        Connections are closed at once; a batch in hand is stored or not, as upstream's would be.
+    """
+    listeners = await open_listeners(address)
+    # Names come out as numbers and port 0 as the port it became.
+    host, port = listeners[0].socket.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    listener = HttpListener(sandbox.router(), Listen(max_buffered_bytes=MAX_BUFFERED_BYTES))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run, listeners)
+        task_status.started(url)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lucent-relay sandbox`."""
+    settings, faults = SandboxSettings(), FaultSettings()
+    add = parser.add_argument
+    add(
+        "--listen",
+        metavar="HOST:PORT",
+        default=DEFAULT_ADDRESS,
+        help="address; port 0 picks a free one (%(default)s)",
+    )
+    add("--key", action="append", default=[], help="accept this key only; repeatable (any luc_pk_ key)")
+    add(
+        "--requests-per-minute",
+        type=int,
+        metavar="N",
+        default=settings.requests_per_minute,
+        help="rate limit of each key, 0 is unlimited (%(default)s)",
+    )
+    add(
+        "--max-events",
+        type=int,
+        metavar="N",
+        default=settings.max_events,
+        help="events of one batch (%(default)s)",
+    )
+    add(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        default=settings.max_bytes,
+        help="uncompressed JSON of a batch with more than one event (%(default)s)",
+    )
+    add("--seed", type=int, metavar="N", default=0, help="of the faults' random numbers (%(default)s)")
+    add(
+        "--error-rate",
+        type=float,
+        metavar="P",
+        default=faults.error_rate,
+        help="share of batches answered with an error",
+    )
+    add(
+        "--error-status",
+        type=int,
+        action="append",
+        metavar="STATUS",
+        default=[],
+        help="what that error is; repeatable (500)",
+    )
+    add(
+        "--drop-before-rate",
+        type=float,
+        metavar="P",
+        default=faults.drop_before_rate,
+        help="share of batches hung up on before storing",
+    )
+    add(
+        "--drop-after-rate",
+        type=float,
+        metavar="P",
+        default=faults.drop_after_rate,
+        help="share of batches stored, then hung up on",
+    )
+    add(
+        "--latency",
+        type=float,
+        metavar="SECONDS",
+        default=faults.latency_seconds,
+        help="time from arrival to storing",
+    )
+    add(
+        "--latency-jitter",
+        type=float,
+        metavar="SECONDS",
+        default=faults.latency_jitter_seconds,
+        help="up to this much more",
+    )
+    add(
+        "--outage",
+        type=_outage,
+        action="append",
+        metavar="START:END",
+        default=[],
+        help="hang up on everything in this span of seconds since the start; repeatable",
+    )
+    add(
+        "--outage-status",
+        type=int,
+        metavar="STATUS",
+        default=faults.outage_status,
+        help="answer outages with this instead",
+    )
+    add("--reject-key", action="append", metavar="KEY", default=[], help="answer this key 401; repeatable")
+
+
+def settings_of(arguments: argparse.Namespace) -> SandboxSettings:
+    """Return the settings that the command line asks for.
+
+    Raises:
+        ConfigError: A value is out of bounds.
+    """
+    faults = {
+        "error_rate": arguments.error_rate,
+        "error_status": arguments.error_status or FaultSettings().error_status,
+        "drop_before_rate": arguments.drop_before_rate,
+        "drop_after_rate": arguments.drop_after_rate,
+        "latency_seconds": arguments.latency,
+        "latency_jitter_seconds": arguments.latency_jitter,
+        "outages": arguments.outage,
+        "outage_status": arguments.outage_status,
+        "reject_keys": arguments.reject_key,
+    }
+    values = {
+        "keys": arguments.key,
+        "requests_per_minute": arguments.requests_per_minute,
+        "max_events": arguments.max_events,
+        "max_bytes": arguments.max_bytes,
+        "faults": faults,
+    }
+    try:
+        return msgspec.convert(values, SandboxSettings)
+    except msgspec.ValidationError as error:
+        raise ConfigError([f"sandbox: {error}"]) from error
+
+
+def run_sandbox(arguments: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status.
+
+    The first line on standard output says `sandbox listening on URL`; on standard error stand hints for
+    people and, at the end, a summary of the report.
+
+    Raises:
+        ConfigError: An option is out of bounds.
+        OSError: The address cannot be had.
+    """
+    settings = settings_of(arguments)
+    trio.run(_serve_until_signal, settings, arguments.listen, arguments.seed)
+    return 0
+
+
+async def _serve_until_signal(settings: SandboxSettings, address: str, seed: int) -> None:
+    generator = random.Random(seed)  # noqa: S311 - faults are no secret, and must repeat
+    sandbox = Sandbox(settings, now=trio.current_time, random=generator)
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async with trio.open_nursery() as nursery:
+            url = await nursery.start(serve_sandbox, sandbox, address)
+            sys.stdout.write(f"sandbox listening on {url}\n")
+            sys.stdout.flush()
+            sys.stderr.write(
+                f"sandbox on {url}: send a relay here with --set upstream.ingest_url={url}\n"
+                f"report: {url}/sandbox/report\n"
+            )
+            async for _signal in signals:
+                break
+            nursery.cancel_scope.cancel()
+    sys.stderr.write(summarize(sandbox.report()))
+
+
+def summarize(report: dict[str, object]) -> str:
+    """Return the report's counts as lines of text; details are left to the JSON."""
+    counts = {name: value for name, value in report.items() if isinstance(value, int)}
+    width = max(len(name) for name in counts)
+    return "".join(f"{name:<{width}} {value:>12,}\n" for name, value in counts.items())
+
+
+def _outage(text: str) -> tuple[float, float]:
+    start, colon, end = text.partition(":")
+    try:
+        if colon:
+            return float(start), float(end)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not START:END in seconds")
