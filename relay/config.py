@@ -1,8 +1,11 @@
-"""Typed settings: what an operator may set, the default of each option and the reason for it.
+"""The options: what an operator may set, the default of each option and the reason for it.
 
 A section is a component, an option a noun with its unit. Each option is one field below: its type carries the
 bounds, its description the reason for the default. `config/relay.toml` and the table in README.md are held
 against these definitions by a test.
+
+Reading, checking and printing a configuration is `relay.settings`. msgspec holds bounds on decoding only: a
+section built in code is taken at its word.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ class Listen(Section):
         Meta(
             ge=1,
             le=1_000_000,
-            description="Open client connections; a further one is answered 503 and closed. Each costs about 20 KiB.",
+            description=(
+                "Open client connections; a further one is answered 503 and closed. Each costs about 20 KiB."
+            ),
         ),
     ] = 10_000
     max_header_bytes: Annotated[
@@ -48,7 +53,10 @@ class Listen(Section):
         int,
         Meta(
             ge=1_048_576,
-            description="Request bodies being received, over all connections; beyond it the sender is answered 503. Bounds memory.",
+            description=(
+                "Request bodies being received, over all connections; beyond it the sender is answered 503. "
+                "Bounds memory."
+            ),
         ),
     ] = 67_108_864
     header_seconds: Annotated[
@@ -64,14 +72,19 @@ class Listen(Section):
         Meta(
             gt=0,
             le=3_600,
-            description="A body may stall this long before its rate counts; mobile networks pause for seconds.",
+            description=(
+                "A body may stall this long before its rate counts; mobile networks pause for seconds."
+            ),
         ),
     ] = 10.0
     min_body_rate_bytes: Annotated[
         int,
         Meta(
             ge=0,
-            description="Bytes a second a body must keep up on average after the grace; below it 408. 1 KiB/s is slower than EDGE.",
+            description=(
+                "Bytes a second a body must keep up on average after the grace; below it 408. 1 KiB/s is "
+                "slower than EDGE."
+            ),
         ),
     ] = 1_024
     idle_seconds: Annotated[
@@ -79,7 +92,10 @@ class Listen(Section):
         Meta(
             gt=0,
             le=86_400,
-            description="A keep-alive connection without a request is closed; above the 60 s of common load balancers.",
+            description=(
+                "A keep-alive connection without a request is closed; above the 60 s of common load "
+                "balancers."
+            ),
         ),
     ] = 75.0
     write_seconds: Annotated[
@@ -108,7 +124,10 @@ class Intake(Section):
         Meta(
             ge=65_536,
             le=1_073_741_824,
-            description="One body after decompression; ends decompression bombs. Single replay uploads of 67 MB have been seen.",
+            description=(
+                "One body after decompression; ends decompression bombs. Single replay uploads of 67 MB have "
+                "been seen."
+            ),
         ),
     ] = 67_108_864
     max_envelope_bytes: Annotated[
@@ -116,7 +135,10 @@ class Intake(Section):
         Meta(
             ge=4_096,
             le=524_288,
-            description="Everything of a batch but its events. It travels with every upstream batch, so it must leave room there.",
+            description=(
+                "Everything of a batch but its events. It travels with every upstream batch, so it must "
+                "leave room there."
+            ),
         ),
     ] = 262_144
     max_decodes: Annotated[
@@ -124,14 +146,20 @@ class Intake(Section):
         Meta(
             ge=1,
             le=64,
-            description="Large bodies decoded at the same time, each in a thread. Bounds memory; more than the cores gains nothing.",
+            description=(
+                "Large bodies decoded at the same time, each in a thread. Bounds memory; more than the cores "
+                "gains nothing."
+            ),
         ),
     ] = 2
     thread_bytes: Annotated[
         int,
         Meta(
             ge=0,
-            description="Bodies larger than this on the wire are decoded in a thread, so that they delay nobody. A hand-over costs 100 µs, 64 KiB of gzip about 1 ms.",
+            description=(
+                "Bodies larger than this on the wire are decoded in a thread, so that they delay nobody. A "
+                "hand-over costs 100 µs, 64 KiB of gzip about 1 ms."
+            ),
         ),
     ] = 65_536
     retry_after_seconds: Annotated[
@@ -143,12 +171,22 @@ class Intake(Section):
 class Keys(Section):
     """Client keys."""
 
+    default: Annotated[
+        str,
+        Meta(
+            description="Upstream key of clients that send none. Empty: such clients are answered 401.",
+            extra={"secret": True},
+        ),
+    ] = ""
     max_keys: Annotated[
         int,
         Meta(
             ge=1,
             le=1_000_000,
-            description="Distinct keys kept at a time; a batch of a further key is answered 503. Bounds what invented keys can cost.",
+            description=(
+                "Distinct keys kept at a time; a batch of a further key is answered 503. Bounds what "
+                "invented keys can cost."
+            ),
         ),
     ] = 1_000
 
@@ -163,7 +201,10 @@ class Upstream(Section):
     ca_file: Annotated[
         str,
         Meta(
-            description="PEM file of further trusted authorities, for a self-hosted ingest. Empty: the system's trust store alone."
+            description=(
+                "PEM file of further trusted authorities, for a self-hosted ingest. Empty: the system's "
+                "trust store alone."
+            ),
         ),
     ] = ""
     connect_seconds: Annotated[
@@ -177,7 +218,10 @@ class Upstream(Section):
         Meta(
             gt=0,
             le=600,
-            description="Request sent to first byte of the answer. Upstream stores before it answers, and a sleeping instance takes up to a minute to wake.",
+            description=(
+                "Request sent to first byte of the answer. Upstream stores before it answers, and a sleeping "
+                "instance takes up to a minute to wake."
+            ),
         ),
     ] = 60.0
     response_seconds: Annotated[
@@ -196,7 +240,9 @@ class Upstream(Section):
         Meta(
             gt=0,
             le=3_600,
-            description="Pooled connections unused for longer are closed; below the 60 s of common load balancers.",
+            description=(
+                "Pooled connections unused for longer are closed; below the 60 s of common load balancers."
+            ),
         ),
     ] = 45.0
     max_idle_connections: Annotated[
@@ -215,7 +261,9 @@ class Batch(Section):
         Meta(
             ge=65_536,
             le=67_108_864,
-            description="Uncompressed JSON of a whole upstream batch; upstream's published limit, read strictly.",
+            description=(
+                "Uncompressed JSON of a whole upstream batch; upstream's published limit, read strictly."
+            ),
         ),
     ] = 1_048_576
     linger_seconds: Annotated[
@@ -223,7 +271,10 @@ class Batch(Section):
         Meta(
             ge=0,
             le=3_600,
-            description="How long a window waits to fill before it is sent. Half of the SDK's flush interval: adds little delay and gathers the batches of a page that flushes often.",
+            description=(
+                "How long a window waits to fill before it is sent. Half of the SDK's flush interval: adds "
+                "little delay and gathers the batches of a page that flushes often."
+            ),
         ),
     ] = 5.0
 
@@ -236,7 +287,10 @@ class Budget(Section):
         Meta(
             ge=0,
             le=1_000_000,
-            description="Per upstream key, first sends and retries together; upstream's published limit. 0 is unlimited.",
+            description=(
+                "Per upstream key, first sends and retries together; upstream's published limit. 0 is "
+                "unlimited."
+            ),
         ),
     ] = 100
     margin_seconds: Annotated[
@@ -244,7 +298,10 @@ class Budget(Section):
         Meta(
             ge=0,
             le=30,
-            description="Added to the minute, for clocks that run unlike upstream's. Time on the network is counted apart.",
+            description=(
+                "Added to the minute, for clocks that run unlike upstream's. Time on the network is counted "
+                "apart."
+            ),
         ),
     ] = 0.25
 
@@ -257,7 +314,10 @@ class Forward(Section):
         Meta(
             ge=1,
             le=1_000,
-            description="Requests of one key under way at once, each of another session. Covers 100 a minute at 4 s each.",
+            description=(
+                "Requests of one key under way at once, each of another session. Covers 100 a minute at 4 s "
+                "each."
+            ),
         ),
     ] = 8
     max_windows: Annotated[
@@ -265,7 +325,10 @@ class Forward(Section):
         Meta(
             ge=100,
             le=10_000_000,
-            description="Windows with pending events that are held in memory, about 1 KiB each; more wait on disk for their turn.",
+            description=(
+                "Windows with pending events that are held in memory, about 1 KiB each; more wait on disk "
+                "for their turn."
+            ),
         ),
     ] = 50_000
     backoff_base_seconds: Annotated[
@@ -289,7 +352,10 @@ class Forward(Section):
         Meta(
             gt=0,
             le=86_400,
-            description="A longer `Retry-After` is clamped to this; the limit's window is a minute, the rest is slack.",
+            description=(
+                "A longer `Retry-After` is clamped to this; the limit's window is a minute, the rest is "
+                "slack."
+            ),
         ),
     ] = 300.0
     breaker_failures: Annotated[
@@ -312,27 +378,39 @@ class Spool(Section):
         str,
         Meta(
             min_length=1,
-            description="Owned by one relay at a time; created with mode 0700. A relative path is relative to the working directory.",
+            description=(
+                "Owned by one relay at a time; created with mode 0700. A relative path is relative to the "
+                "working directory."
+            ),
         ),
     ] = "spool"
     max_bytes: Annotated[
         int,
         Meta(
             ge=1_048_576,
-            description="Bytes in use; at it new batches get 503 while draining goes on. 10 GiB hold hours of outage of a busy site.",
+            description=(
+                "Bytes in use; at it new batches get 503 while draining goes on. 10 GiB hold hours of outage "
+                "of a busy site."
+            ),
         ),
     ] = 10_737_418_240
     min_free_bytes: Annotated[
         int,
         Meta(
             ge=0,
-            description="Free space of the file system below which new batches get 503, so that the relay never fills a disk others need.",
+            description=(
+                "Free space of the file system below which new batches get 503, so that the relay never "
+                "fills a disk others need."
+            ),
         ),
     ] = 268_435_456
     durability: Annotated[
         Literal["fsync", "os"],
         Meta(
-            description='When a batch counts as stored: "fsync" survives a power cut, "os" a crash of the relay but not of the machine.'
+            description=(
+                'When a batch counts as stored: "fsync" survives a power cut, "os" a crash of the relay but '
+                "not of the machine."
+            ),
         ),
     ] = "fsync"
     dedupe_seconds: Annotated[
@@ -340,14 +418,20 @@ class Spool(Section):
         Meta(
             ge=60,
             le=31_536_000,
-            description="How long a repeated client batch is recognised. Clients retry for minutes, a laptop lid closes for a day.",
+            description=(
+                "How long a repeated client batch is recognised. Clients retry for minutes, a laptop lid "
+                "closes for a day."
+            ),
         ),
     ] = 86_400
     dedupe_max_marks: Annotated[
         int,
         Meta(
             ge=1_000,
-            description="Client batches remembered for that; the oldest are forgotten first. About 40 bytes each on disk.",
+            description=(
+                "Client batches remembered for that; the oldest are forgotten first. About 40 bytes each on "
+                "disk."
+            ),
         ),
     ] = 2_000_000
 
@@ -358,7 +442,10 @@ class Log(Section):
     level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(
-            description="ERROR needs an operator, WARNING recovered by itself, INFO is lifecycle. Nothing is logged per event."
+            description=(
+                "ERROR needs an operator, WARNING recovered by itself, INFO is lifecycle. Nothing is logged "
+                "per event."
+            ),
         ),
     ] = "info"
     format: Annotated[
@@ -375,7 +462,10 @@ class Shutdown(Section):
         Meta(
             gt=0,
             le=3_600,
-            description="From SIGTERM to exit at the latest, whatever hangs; below the 30 s after which orchestrators kill.",
+            description=(
+                "From SIGTERM to exit at the latest, whatever hangs; below the 30 s after which "
+                "orchestrators kill."
+            ),
         ),
     ] = 20.0
 

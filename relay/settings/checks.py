@@ -1,0 +1,201 @@
+"""What options must be to one another and to the world, beyond the type and bounds of each.
+
+Rules:
+1. A finding names the options it is about and holds no value; the loader adds values and origins, masked.
+2. A problem refuses the configuration; a warning is for something that is allowed and seldom meant.
+3. Nothing here listens, connects or writes. Only `upstream.ca_file` is opened, because a relay that cannot
+   trust its upstream should say so at the start.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import ssl
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import msgspec
+
+from relay.config import Batch, Budget, Config
+from relay.protocol.endpoint import parse_address
+from relay.settings.options import MASK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+"""Ports of URLs that name none (RFC 9110, 4.2)."""
+
+KEY = re.compile(r"[!-~]*")
+"""What a header's value may be where blanks around it would be lost: visible ASCII (RFC 9110, 5.5)."""
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """Something about one option, or about one option as seen from another."""
+
+    option: str
+    """Dotted name of the option that is wrong."""
+    text: str
+    """What it must be, as `must …`; for a warning, what follows from it."""
+    other: str = ""
+    """Dotted name of the option it is compared with; empty where there is none."""
+
+
+def find_problems(config: Config) -> Iterator[Finding]:
+    """Yield what makes a configuration unusable though each option is within its own bounds."""
+    yield from _address_problems(config)
+    yield from _url_problems(config)
+    yield from _file_problems(config)
+    yield from _key_problems(config)
+    yield from _order_problems(config)
+
+
+def _address_problems(config: Config) -> Iterator[Finding]:
+    ports = []
+    for option, text in (("listen.relay", config.listen.relay), ("listen.admin", config.listen.admin)):
+        try:
+            ports.append(parse_address(text)[1])
+        except ValueError as problem:
+            yield Finding(option, str(problem))
+    if len(ports) == 2 and ports[0] == ports[1] != 0:
+        yield Finding("listen.admin", "must have another port than", "listen.relay")
+
+
+def _url_problems(config: Config) -> Iterator[Finding]:
+    for option, url in (
+        ("upstream.ingest_url", config.upstream.ingest_url),
+        ("upstream.data_url", config.upstream.data_url),
+    ):
+        problem = url_problem(url)
+        if problem is not None:
+            yield Finding(option, problem)
+        elif _is_own_address(url, config.listen.relay):
+            yield Finding(option, "must not be the relay itself, which listens there:", "listen.relay")
+
+
+def url_problem(url: str) -> str | None:
+    """Say what keeps a text from being the base URL of an upstream, as `must …`; None where nothing does."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return "must be a URL with a port from 1 to 65535 and any IPv6 address in brackets"
+    if parts.scheme not in DEFAULT_PORTS or not parts.hostname:
+        return 'must be a URL that begins with "http://" or "https://" and names a host'
+    if port == 0:
+        return "must have a port from 1 to 65535"
+    if "@" in parts.netloc:
+        return "must not hold a user or password; keys travel in headers"
+    if "?" in url or "#" in url:
+        return "must end with its path, without a query or fragment"
+    if not url.isascii() or " " in url:
+        return "must be ASCII without blanks; write host names in their xn-- form"
+    return None
+
+
+def _is_own_address(url: str, listen: str) -> bool:
+    """Say whether a valid URL leads to the listener at `listen`: the relay would feed itself for ever."""
+    try:
+        host, port = parse_address(listen)
+    except ValueError:
+        return False
+    parts = urlsplit(url)
+    target = parts.hostname or ""
+    if port != (parts.port or DEFAULT_PORTS[parts.scheme]):
+        return False
+    return target == host.lower() or (is_loopback(target) and (is_loopback(host) or is_wildcard(host)))
+
+
+def _file_problems(config: Config) -> Iterator[Finding]:
+    for option, path in (
+        ("spool.directory", config.spool.directory),
+        ("upstream.ca_file", config.upstream.ca_file),
+    ):
+        if path.startswith("~"):
+            yield Finding(option, 'must be written out; "~" is for shells')
+    ca_file = config.upstream.ca_file
+    if ca_file and not ca_file.startswith("~"):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca_file)
+        except ssl.SSLError:
+            yield Finding("upstream.ca_file", "must hold certificates in PEM format")
+        except OSError as problem:
+            yield Finding("upstream.ca_file", f"must be a file that can be read: {problem.strerror}")
+
+
+def _key_problems(config: Config) -> Iterator[Finding]:
+    if config.keys.default == MASK:
+        yield Finding("keys.default", "must be the key itself; print-config writes asterisks instead of it")
+    elif not KEY.fullmatch(config.keys.default):
+        yield Finding("keys.default", "must be visible ASCII without blanks, as it becomes a header")
+
+
+def _order_problems(config: Config) -> Iterator[Finding]:
+    """Yield the pairs of options that are in the wrong order."""
+    intake, upstream, forward = config.intake, config.upstream, config.forward
+    if intake.max_body_bytes > config.listen.max_buffered_bytes:
+        yield Finding(
+            "intake.max_body_bytes",
+            "one body must fit into what is buffered: must be <=",
+            "listen.max_buffered_bytes",
+        )
+    if intake.max_body_bytes > intake.max_decoded_bytes:
+        yield Finding(
+            "intake.max_body_bytes",
+            "a plain body is as large decoded: must be <=",
+            "intake.max_decoded_bytes",
+        )
+    if intake.max_envelope_bytes > config.batch.max_bytes // 2:
+        yield Finding("intake.max_envelope_bytes", "events need room beside it: must be <= half of", "batch.max_bytes")
+    if upstream.first_byte_seconds > upstream.response_seconds:
+        yield Finding("upstream.first_byte_seconds", "must be <=", "upstream.response_seconds")
+    if forward.backoff_base_seconds > forward.backoff_max_seconds:
+        yield Finding("forward.backoff_base_seconds", "must be <=", "forward.backoff_max_seconds")
+
+
+def find_warnings(config: Config) -> Iterator[Finding]:
+    """Yield what is allowed and seldom meant. The configuration has no problems."""
+    for option, text, who in (
+        ("listen.relay", config.listen.relay, "other machines can send batches and spend the keys' budgets"),
+        ("listen.admin", config.listen.admin, "other machines can read the relay's status and metrics"),
+    ):
+        if not is_loopback(parse_address(text)[0]):
+            yield Finding(option, f"is not a loopback address: {who}")
+    for option, url in (
+        ("upstream.ingest_url", config.upstream.ingest_url),
+        ("upstream.data_url", config.upstream.data_url),
+    ):
+        parts = urlsplit(url)
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            yield Finding(option, "is not encrypted: keys and recordings travel in the clear")
+    if config.spool.durability == "os":
+        yield Finding("spool.durability", "a power cut or a crash of the machine loses accepted events")
+    if config.spool.max_bytes < config.intake.max_decoded_bytes:
+        yield Finding("spool.max_bytes", "a batch of the largest size may never fit: is <", "intake.max_decoded_bytes")
+    if config.budget.requests_per_minute == 0:
+        yield Finding("budget.requests_per_minute", "is unlimited; upstream answers 429 above its own limit")
+    elif config.budget.requests_per_minute > Budget().requests_per_minute:
+        yield Finding("budget.requests_per_minute", "is above upstream's published limit")
+    if config.batch.max_events > Batch().max_events:
+        yield Finding("batch.max_events", "is above upstream's published limit")
+    if config.batch.max_bytes > Batch().max_bytes:
+        yield Finding("batch.max_bytes", "is above upstream's published limit")
+    if config.keys.default and not config.keys.default.startswith("luc_pk_"):
+        yield Finding("keys.default", 'does not begin with "luc_pk_" as ingest keys do')
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether only this machine reaches `host`: an address without brackets, or a name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def is_wildcard(host: str) -> bool:
+    """Say whether a listener at `host` is reached by every address of the machine."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False

@@ -1,0 +1,145 @@
+"""The options of `relay.config` as values: what each is called, may be, is by default, and why.
+
+Rules:
+1. Everything is read from the type annotations in `relay.config`; nothing is said twice.
+2. A secret is shown as asterisks, and no value is shown with the credentials of a URL in it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+from msgspec import inspect
+
+from relay.config import Config
+from relay.protocol.fingerprint import redact
+from relay.settings.notation import write_value
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MASK = "********"
+"""What is shown of a secret; its length says nothing about the secret's."""
+
+MAX_INTEGER = 2**63 - 1
+"""Largest integer of TOML 1.0 and of SQLite."""
+
+MAX_SHOWN = 100
+"""Characters of a value in a message; a pasted file must not fill the screen."""
+
+COMPARISONS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
+    ("ge", ">=", operator.ge),
+    ("gt", ">", operator.gt),
+    ("le", "<=", operator.le),
+    ("lt", "<", operator.lt),
+)
+"""msgspec's name of a bound, its sign, and the comparison that a value must pass."""
+
+CREDENTIALS = re.compile(r"//[^\s\"]*@")
+"""User and password of a URL, greedily: a password may hold `/` or `@` where it should not."""
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One option."""
+
+    section: str
+    """Name of its section."""
+    name: str
+    """Name within the section."""
+    type: inspect.Type
+    """Type and bounds."""
+    default: Any
+    """Value where no source names the option."""
+    reason: str
+    """What the option does, and why the default is what it is."""
+    secret: bool
+    """True where the value must not be shown."""
+
+    @property
+    def dotted(self) -> str:
+        """The name as messages, `--set` and documents write it: `section.name`."""
+        return f"{self.section}.{self.name}"
+
+    @property
+    def is_text(self) -> bool:
+        """True where a value from the environment or `--set` needs no quotes."""
+        return isinstance(self.type, inspect.StrType | inspect.LiteralType)
+
+    @property
+    def kind(self) -> str:
+        """What the option may be, in words: `integer >= 1 and <= 64`."""
+        if isinstance(self.type, inspect.LiteralType):
+            return " or ".join(map(write_value, self.type.values))
+        if isinstance(self.type, inspect.StrType):
+            return "text, not empty" if self.type.min_length else "text"
+        noun = "integer" if isinstance(self.type, inspect.IntType) else "number"
+        limits = " and ".join(f"{sign} {write_value(limit)}" for sign, limit, _ in self.bounds())
+        return f"{noun} {limits}".rstrip()
+
+    def bounds(self) -> list[tuple[str, float, Callable[[float, float], bool]]]:
+        """Return a number's bounds: the sign, the limit, and the comparison that a value must pass."""
+        limits = ((sign, getattr(self.type, name), holds) for name, sign, holds in COMPARISONS)
+        return [(sign, limit, holds) for sign, limit, holds in limits if limit is not None]
+
+    def problem(self, value: Any) -> str | None:
+        """Say what is wrong with a value, as `must be …`; None where nothing is."""
+        if isinstance(self.type, inspect.LiteralType):
+            return None if isinstance(value, str) and value in self.type.values else f"must be {self.kind}"
+        if isinstance(self.type, inspect.StrType):
+            return self._text_problem(value, self.type.min_length or 0)
+        return self._number_problem(value, integer=isinstance(self.type, inspect.IntType))
+
+    def _text_problem(self, value: Any, min_length: int) -> str | None:
+        if not isinstance(value, str):
+            return "must be text in quotes"
+        if not value.isprintable():
+            # No address, URL, path or key needs them; a line end pasted along is the usual one.
+            return "must not contain control or invisible characters"
+        return None if len(value) >= min_length else "must not be empty"
+
+    def _number_problem(self, value: Any, *, integer: bool) -> str | None:
+        # bool is an int to Python, but `true` requests a minute is a slip.
+        if isinstance(value, bool) or not isinstance(value, int if integer else int | float):
+            return "must be an integer" if integer else "must be a number"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
+        for sign, limit, holds in self.bounds():
+            if not holds(value, limit):
+                return f"must be {sign} {write_value(limit)}"
+        return f"must be <= {write_value(MAX_INTEGER)}" if value > MAX_INTEGER else None
+
+    def mask(self, value: Any) -> str:
+        """Return a value in TOML notation, or asterisks where it is a secret. An empty secret is none."""
+        return write_value(MASK if self.secret and value != "" else value)
+
+    def show(self, value: Any) -> str:
+        """Return a value as it may stand in a message: masked, without credentials, not too long."""
+        text = redact(CREDENTIALS.sub(f"//{MASK}@", self.mask(value)))
+        return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+
+
+def sections() -> dict[str, type[msgspec.Struct]]:
+    """Return every section's class by name, in the order of declaration."""
+    return {field.name: type(field.default) for field in msgspec.structs.fields(Config)}
+
+
+def options() -> dict[str, Option]:
+    """Return every option by its dotted name, in the order of declaration."""
+    found = {}
+    for section, owner in sections().items():
+        for field in cast(inspect.StructType, inspect.type_info(owner)).fields:
+            meta = cast(inspect.Metadata, field.type)
+            option = Option(
+                section=section,
+                name=field.name,
+                type=meta.type,
+                default=field.default,
+                reason=(meta.extra_json_schema or {})["description"],
+                secret=bool((meta.extra or {}).get("secret")),
+            )
+            found[option.dotted] = option
+    return found
