@@ -27,24 +27,20 @@ class Listen(Section):
         str,
         Meta(description="Address of ingest and data API, HTTP/1.1. Loopback: exposing it is a decision."),
     ] = "127.0.0.1:8787"
-    admin: Annotated[
-        str, Meta(description="Address of health, metrics and status. Never expose it to clients.")
-    ] = "127.0.0.1:8788"
+    admin: Annotated[str, Meta(description="Address of health, metrics and status. Never expose it to clients.")] = (
+        "127.0.0.1:8788"
+    )
     max_connections: Annotated[
         int,
         Meta(
             ge=1,
             le=1_000_000,
-            description=(
-                "Open client connections; a further one is answered 503 and closed. Each costs about 20 KiB."
-            ),
+            description=("Open client connections; a further one is answered 503 and closed. Each costs about 20 KiB."),
         ),
     ] = 10_000
     max_header_bytes: Annotated[
         int,
-        Meta(
-            ge=1_024, le=1_048_576, description="Request line and headers together; nginx allows 32 KiB too."
-        ),
+        Meta(ge=1_024, le=1_048_576, description="Request line and headers together; nginx allows 32 KiB too."),
     ] = 32_768
     max_headers: Annotated[
         int, Meta(ge=8, le=10_000, description="Header lines of one request; Apache and IIS allow 100 too.")
@@ -54,8 +50,8 @@ class Listen(Section):
         Meta(
             ge=1_048_576,
             description=(
-                "Request bodies being received, over all connections; beyond it the sender is answered 503. "
-                "Bounds memory."
+                "Request bodies being received, over all connections; beyond it the sender is answered 503. Bounds "
+                "memory."
             ),
         ),
     ] = 67_108_864
@@ -72,9 +68,7 @@ class Listen(Section):
         Meta(
             gt=0,
             le=3_600,
-            description=(
-                "A body may stall this long before its rate counts; mobile networks pause for seconds."
-            ),
+            description=("A body may stall this long before its rate counts; mobile networks pause for seconds."),
         ),
     ] = 10.0
     min_body_rate_bytes: Annotated[
@@ -82,8 +76,8 @@ class Listen(Section):
         Meta(
             ge=0,
             description=(
-                "Bytes a second a body must keep up on average after the grace; below it 408. 1 KiB/s is "
-                "slower than EDGE."
+                "Bytes a second a body must keep up on average after the grace; below it 408. 1 KiB/s is slower than "
+                "EDGE."
             ),
         ),
     ] = 1_024
@@ -92,10 +86,7 @@ class Listen(Section):
         Meta(
             gt=0,
             le=86_400,
-            description=(
-                "A keep-alive connection without a request is closed; above the 60 s of common load "
-                "balancers."
-            ),
+            description="A keep-alive connection without a request is closed; above the 60 s of common load balancers.",
         ),
     ] = 75.0
     write_seconds: Annotated[
@@ -125,8 +116,7 @@ class Intake(Section):
             ge=65_536,
             le=1_073_741_824,
             description=(
-                "One body after decompression; ends decompression bombs. Single replay uploads of 67 MB have "
-                "been seen."
+                "One body after decompression; ends decompression bombs. Single replay uploads of 67 MB have been seen."
             ),
         ),
     ] = 67_108_864
@@ -136,8 +126,8 @@ class Intake(Section):
             ge=4_096,
             le=524_288,
             description=(
-                "Everything of a batch but its events. It travels with every upstream batch, so it must "
-                "leave room there."
+                "Everything of a batch but its events. It travels with every upstream batch, so it must leave room "
+                "there."
             ),
         ),
     ] = 262_144
@@ -147,8 +137,8 @@ class Intake(Section):
             ge=1,
             le=64,
             description=(
-                "Large bodies decoded at the same time, each in a thread. Bounds memory; more than the cores "
-                "gains nothing."
+                "Large bodies decoded at the same time, each in a thread. Bounds memory; more than the cores gains "
+                "nothing."
             ),
         ),
     ] = 2
@@ -157,8 +147,8 @@ class Intake(Section):
         Meta(
             ge=0,
             description=(
-                "Bodies larger than this on the wire are decoded in a thread, so that they delay nobody. A "
-                "hand-over costs 100 µs, 64 KiB of gzip about 1 ms."
+                "Bodies larger than this on the wire are decoded in a thread, so that they delay nobody. A hand-over "
+                "costs 100 µs, 64 KiB of gzip about 1 ms."
             ),
         ),
     ] = 65_536
@@ -184,8 +174,8 @@ class Keys(Section):
             ge=1,
             le=1_000_000,
             description=(
-                "Distinct keys kept at a time; a batch of a further key is answered 503. Bounds what "
-                "invented keys can cost."
+                "Distinct keys kept at a time; a batch of a further key is answered 503. Bounds what invented keys can "
+                "cost."
             ),
         ),
     ] = 1_000
@@ -202,8 +192,8 @@ class Upstream(Section):
         str,
         Meta(
             description=(
-                "PEM file of further trusted authorities, for a self-hosted ingest. Empty: the system's "
-                "trust store alone."
+                "PEM file of further trusted authorities, for a self-hosted ingest. Empty: the system's trust store "
+                "alone."
             ),
         ),
     ] = ""
@@ -219,8 +209,8 @@ class Upstream(Section):
             gt=0,
             le=600,
             description=(
-                "Request sent to first byte of the answer. Upstream stores before it answers, and a sleeping "
-                "instance takes up to a minute to wake."
+                "Request sent to first byte of the answer. Upstream stores before it answers, and a sleeping instance "
+                "takes up to a minute to wake."
             ),
         ),
     ] = 60.0
@@ -240,14 +230,10 @@ class Upstream(Section):
         Meta(
             gt=0,
             le=3_600,
-            description=(
-                "Pooled connections unused for longer are closed; below the 60 s of common load balancers."
-            ),
+            description=("Pooled connections unused for longer are closed; below the 60 s of common load balancers."),
         ),
     ] = 45.0
-    max_idle_connections: Annotated[
-        int, Meta(ge=0, le=1_000, description="Unused connections kept for re-use.")
-    ] = 16
+    max_idle_connections: Annotated[int, Meta(ge=0, le=1_000, description="Unused connections kept for re-use.")] = 16
 
 
 class Batch(Section):
@@ -261,9 +247,7 @@ class Batch(Section):
         Meta(
             ge=65_536,
             le=67_108_864,
-            description=(
-                "Uncompressed JSON of a whole upstream batch; upstream's published limit, read strictly."
-            ),
+            description=("Uncompressed JSON of a whole upstream batch; upstream's published limit, read strictly."),
         ),
     ] = 1_048_576
     linger_seconds: Annotated[
@@ -272,8 +256,8 @@ class Batch(Section):
             ge=0,
             le=3_600,
             description=(
-                "How long a window waits to fill before it is sent. Half of the SDK's flush interval: adds "
-                "little delay and gathers the batches of a page that flushes often."
+                "How long a window waits to fill before it is sent. Half of the SDK's flush interval: adds little "
+                "delay and gathers the batches of a page that flushes often."
             ),
         ),
     ] = 5.0
@@ -288,8 +272,7 @@ class Budget(Section):
             ge=0,
             le=1_000_000,
             description=(
-                "Per upstream key, first sends and retries together; upstream's published limit. 0 is "
-                "unlimited."
+                "Per upstream key, first sends and retries together; upstream's published limit. 0 is unlimited."
             ),
         ),
     ] = 100
@@ -299,8 +282,7 @@ class Budget(Section):
             ge=0,
             le=30,
             description=(
-                "Added to the minute, for clocks that run unlike upstream's. Time on the network is counted "
-                "apart."
+                "Added to the minute, for clocks that run unlike upstream's. Time on the network is counted apart."
             ),
         ),
     ] = 0.25
@@ -315,8 +297,7 @@ class Forward(Section):
             ge=1,
             le=1_000,
             description=(
-                "Requests of one key under way at once, each of another session. Covers 100 a minute at 4 s "
-                "each."
+                "Requests of one key under way at once, each of another session. Covers 100 a minute at 4 s each."
             ),
         ),
     ] = 8
@@ -326,8 +307,8 @@ class Forward(Section):
             ge=100,
             le=10_000_000,
             description=(
-                "Windows with pending events that are held in memory, about 1 KiB each; more wait on disk "
-                "for their turn."
+                "Windows with pending events that are held in memory, about 1 KiB each; more wait on disk for their "
+                "turn."
             ),
         ),
     ] = 50_000
@@ -352,10 +333,7 @@ class Forward(Section):
         Meta(
             gt=0,
             le=86_400,
-            description=(
-                "A longer `Retry-After` is clamped to this; the limit's window is a minute, the rest is "
-                "slack."
-            ),
+            description="A longer `Retry-After` is clamped to this; the limit's window is a minute, the rest is slack.",
         ),
     ] = 300.0
     breaker_failures: Annotated[
@@ -379,8 +357,8 @@ class Spool(Section):
         Meta(
             min_length=1,
             description=(
-                "Owned by one relay at a time; created with mode 0700. A relative path is relative to the "
-                "working directory."
+                "Owned by one relay at a time; created with mode 0700. A relative path is relative to the working "
+                "directory."
             ),
         ),
     ] = "spool"
@@ -389,8 +367,8 @@ class Spool(Section):
         Meta(
             ge=1_048_576,
             description=(
-                "Bytes in use; at it new batches get 503 while draining goes on. 10 GiB hold hours of outage "
-                "of a busy site."
+                "Bytes in use; at it new batches get 503 while draining goes on. 10 GiB hold hours of outage of a busy "
+                "site."
             ),
         ),
     ] = 10_737_418_240
@@ -399,8 +377,8 @@ class Spool(Section):
         Meta(
             ge=0,
             description=(
-                "Free space of the file system below which new batches get 503, so that the relay never "
-                "fills a disk others need."
+                "Free space of the file system below which new batches get 503, so that the relay never fills a disk "
+                "others need."
             ),
         ),
     ] = 268_435_456
@@ -408,8 +386,8 @@ class Spool(Section):
         Literal["fsync", "os"],
         Meta(
             description=(
-                'When a batch counts as stored: "fsync" survives a power cut, "os" a crash of the relay but '
-                "not of the machine."
+                'When a batch counts as stored: "fsync" survives a power cut, "os" a crash of the relay but not of the '
+                "machine."
             ),
         ),
     ] = "fsync"
@@ -419,8 +397,8 @@ class Spool(Section):
             ge=60,
             le=31_536_000,
             description=(
-                "How long a repeated client batch is recognised. Clients retry for minutes, a laptop lid "
-                "closes for a day."
+                "How long a repeated client batch is recognised. Clients retry for minutes, a laptop lid closes for a "
+                "day."
             ),
         ),
     ] = 86_400
@@ -429,8 +407,7 @@ class Spool(Section):
         Meta(
             ge=1_000,
             description=(
-                "Client batches remembered for that; the oldest are forgotten first. About 40 bytes each on "
-                "disk."
+                "Client batches remembered for that; the oldest are forgotten first. About 40 bytes each on disk."
             ),
         ),
     ] = 2_000_000
@@ -443,8 +420,7 @@ class Log(Section):
         Literal["debug", "info", "warning", "error"],
         Meta(
             description=(
-                "ERROR needs an operator, WARNING recovered by itself, INFO is lifecycle. Nothing is logged "
-                "per event."
+                "ERROR needs an operator, WARNING recovered by itself, INFO is lifecycle. Nothing is logged per event."
             ),
         ),
     ] = "info"
@@ -463,8 +439,7 @@ class Shutdown(Section):
             gt=0,
             le=3_600,
             description=(
-                "From SIGTERM to exit at the latest, whatever hangs; below the 30 s after which "
-                "orchestrators kill."
+                "From SIGTERM to exit at the latest, whatever hangs; below the 30 s after which orchestrators kill."
             ),
         ),
     ] = 20.0

@@ -32,9 +32,7 @@ def parse_address(text: str) -> tuple[str, int]:
     if len(port) > len(str(MAX_PORT)) or int(port) > MAX_PORT:
         raise ValueError(f"port must be >= 0 and <= {MAX_PORT}")
     if not host:
-        raise ValueError(
-            'must name a host, such as "127.0.0.1" for this machine or "0.0.0.0" for all networks'
-        )
+        raise ValueError('must name a host, such as "127.0.0.1" for this machine or "0.0.0.0" for all networks')
     if host.startswith("[") and host.endswith("]"):
         try:
             ipaddress.IPv6Address(host[1:-1])

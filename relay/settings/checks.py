@@ -12,7 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import ssl
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import msgspec
@@ -20,9 +20,6 @@ import msgspec
 from relay.config import Batch, Budget, Config
 from relay.protocol.endpoint import parse_address
 from relay.settings.options import MASK
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 """Ports of URLs that name none (RFC 9110, 4.2)."""

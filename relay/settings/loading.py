@@ -13,7 +13,9 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -23,10 +25,6 @@ from relay.protocol.fingerprint import redact
 from relay.settings.checks import Finding, find_problems, find_warnings
 from relay.settings.notation import read_value
 from relay.settings.options import Option, options, sections
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from pathlib import Path
 
 PREFIX = "LUCENT_RELAY_"
 """Begins the name of every environment variable that is an option."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import operator
 import re
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import msgspec
 from msgspec import inspect
@@ -18,9 +19,6 @@ from msgspec import inspect
 from relay.config import Config
 from relay.protocol.fingerprint import redact
 from relay.settings.notation import write_value
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 MASK = "********"
 """What is shown of a secret; its length says nothing about the secret's."""

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
+from relay.config import Config
 from relay.settings.notation import write_value
 from relay.settings.options import Option, options, sections
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from relay.config import Config
 
 WIDTH = 110
 """Columns of a comment; the line length of the code."""

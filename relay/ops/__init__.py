@@ -1,0 +1,1 @@
+"""Ops: what operators see of a running relay."""
