@@ -1,0 +1,487 @@
+"""The HTTP/1.1 listener: who waits for whom, and for how long.
+
+One task a connection reads, asks the handler, writes. One reaper for all of them compares deadlines and cancels the
+overdue, so that a request sets a number where it would otherwise enter a cancel scope.
+
+Rules:
+1. Every wait for a client has a deadline: `Phase` names the waits, `Listen` the patience. Only a handler may take as
+   long as it likes; it bounds itself.
+2. Nothing is read from a connection while a request of it is unanswered, so answers keep their order and one client
+   has one read, one head and one body here at a time.
+3. A client costs a connection out of `max_connections` and body bytes out of `max_buffered_bytes`, and both are given
+   back however its task ends.
+4. Before a connection is closed on a client that may still be sending, it lingers: the write side is shut, and what
+   comes is dropped for a while. A close with unread bytes would reset the connection and destroy the answer.
+5. What clients do (vanish, reset, stall, talk nonsense) is counted, never logged, and ends in their own task.
+
+Not here: how requests are parsed (`relay.http.connection`) and responses rendered (`relay.http.render`); TLS.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+import trio
+
+from relay.clock import wall_clock as system_wall_clock
+from relay.config import Listen
+from relay.errors import ConfigError
+from relay.http.connection import Exchange, Limits, Progress, RequestParser
+from relay.http.message import Request, error_response
+from relay.http.render import CONTINUE, ResponseRenderer
+from relay.http.router import Router
+
+log = structlog.get_logger()
+
+READ_BYTES: Final = 65_536
+"""One read. trio's own default; a larger one gains nothing, since the kernel rarely has more ready."""
+
+REAP_SECONDS: Final = 1.0
+"""Longest pause between two looks at the deadlines, so the most that a client may overstay; also how stale a `date`
+may be. 10 000 connections take 1 ms to look through."""
+
+LINGER_SECONDS: Final = 2.0
+"""How long a client may take to notice our last answer and stop sending; several round trips of a bad network."""
+
+LINGER_BYTES: Final = 67_108_864
+"""What is dropped meanwhile at most: clients that read no answer before they sent everything get through twice the
+default body limit. Dropping costs 0.1 ms a megabyte and no memory."""
+
+MAX_REFUSALS: Final = 128
+"""Connections beyond `max_connections` that are being told so. Beyond these, too, they are closed without a word."""
+
+ACCEPT_PAUSE_SECONDS: Final = 0.1
+"""Pause when the system has no file descriptors or buffers left; trio.serve_listeners takes the same."""
+
+ACCEPT_LOG_SECONDS: Final = 10.0
+"""At most one log line about failing accepts in this time."""
+
+_CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+
+class Phase(enum.Enum):
+    """What a connection's task waits for."""
+
+    IDLE = "idle"
+    """The first byte of a request, `idle_seconds`. Then closed without a word."""
+    HEADER = "header"
+    """The rest of a head, `header_seconds`. Then 408."""
+    BODY = "body"
+    """The rest of a body, by grace and rate. Then 408."""
+    HANDLING = "handling"
+    """Our own handler, for ever."""
+    WRITE = "write"
+    """The client to take an answer, `write_seconds`. Then cut off."""
+    LINGER = "linger"
+    """The client to stop sending, `LINGER_SECONDS`. Then closed."""
+
+
+class ListenerStatistics(msgspec.Struct, frozen=True):
+    """What a listener did and holds."""
+
+    open_connections: int
+    """Connections being served now; refused ones are not among them."""
+    connections_total: int
+    """Connections accepted and served."""
+    refused_connections_total: int
+    """Connections beyond `max_connections`: told 503, or closed at once where too many were being told."""
+    accept_errors_total: int
+    """Failed accepts for want of file descriptors or memory."""
+    requests_total: int
+    """Requests answered, refusals included."""
+    buffered_bytes: int
+    """Body bytes held now, received or being handled, over all connections."""
+    overloads_total: int
+    """Requests answered 503 for `max_buffered_bytes`."""
+    bad_requests_total: int
+    """Requests whose framing could not be trusted, or whose head was too large; answered 400, 431 or 501."""
+    handler_errors_total: int
+    """Exceptions of handlers; answered 500."""
+    timeouts_total: dict[str, int]
+    """Connections ended for being overdue, by `Phase` value: idle, header, body, write, linger."""
+
+
+class _Client:
+    """One connection, as its task and the reaper share it."""
+
+    __slots__ = (
+        "awaits",
+        "cancelled_in",
+        "charged_bytes",
+        "deadline",
+        "parser",
+        "patience_ends",
+        "phase",
+        "scope",
+        "stream",
+    )
+
+    def __init__(self, stream: trio.abc.Stream, parser: RequestParser, deadline: float) -> None:
+        self.stream = stream
+        self.parser = parser
+        self.scope = trio.CancelScope()
+        self.phase = Phase.IDLE
+        self.deadline = deadline  # of the phase, on trio's clock
+        self.awaits = Phase.IDLE  # HEADER or BODY from the read on that left one incomplete
+        self.patience_ends = 0.0  # deadline of that
+        self.cancelled_in: Phase | None = None
+        self.charged_bytes = 0  # its share of the listener's buffered bytes
+
+    def cancel(self) -> None:
+        """End what the connection waits for."""
+        self.cancelled_in = self.phase
+        self.scope.cancel()
+
+
+class HttpListener:
+    """Serves a router's handlers over HTTP/1.1."""
+
+    def __init__(
+        self,
+        router: Router,
+        settings: Listen,
+        *,
+        retry_after_seconds: int = 5,
+        wall_clock: Callable[[], float] = system_wall_clock,
+    ) -> None:
+        """Prepare a listener; nothing is opened.
+
+        Args:
+            router: Resolves requests.
+            settings: Limits; its addresses are not read here.
+            retry_after_seconds: `retry-after` of the listener's own 503s.
+            wall_clock: Seconds since the Unix epoch, for the `date` header.
+        """
+        self._router = router
+        self._settings = settings
+        self._limits = Limits(settings.max_header_bytes, settings.max_headers)
+        self._wall_clock = wall_clock
+        self._renderer = ResponseRenderer(wall_clock())
+        self._overloaded = error_response(
+            503,
+            "The relay is busy, try again later",
+            headers=((b"retry-after", b"%d" % retry_after_seconds),),
+            close=True,
+        )
+        self._clients: set[_Client] = set()
+        self._accepting = trio.CancelScope()
+        self._is_stopping = False
+        self._refusals = 0
+        self._accept_log_at = -math.inf
+        self._connections_total = 0
+        self._refused_connections_total = 0
+        self._accept_errors_total = 0
+        self._requests_total = 0
+        self._buffered_bytes = 0
+        self._overloads_total = 0
+        self._bad_requests_total = 0
+        self._handler_errors_total = 0
+        self._timeouts_total = {phase.value: 0 for phase in Phase if phase is not Phase.HANDLING}
+
+    async def run(
+        self,
+        listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until `stop`; then finish the requests in hand. Runs once.
+
+        Args:
+            listeners: Accept connections; closed on return.
+            task_status: Started once connections are accepted.
+
+        Raises:
+            OSError: Accepting failed for another reason than a want of file descriptors or memory.
+
+        Cancellation: Connections are closed where they are; a handler in hand is cancelled. The caller bounds the
+        stop with a deadline.
+        """
+        async with trio.open_nursery() as background:
+            background.start_soon(self._reap)
+            async with trio.open_nursery() as connections:
+                try:
+                    with self._accepting:
+                        async with trio.open_nursery() as acceptors:
+                            for listener in listeners:
+                                acceptors.start_soon(self._accept, listener, connections)
+                            task_status.started()
+                finally:
+                    for listener in listeners:
+                        await trio.aclose_forcefully(listener)
+            background.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Stop accepting, close idle connections, let `run` return once the requests in hand are answered."""
+        self._is_stopping = True
+        self._accepting.cancel()
+        for client in self._clients:
+            if client.phase is Phase.IDLE:
+                client.cancel()
+
+    def statistics(self) -> ListenerStatistics:
+        """Return what has been counted until now."""
+        return ListenerStatistics(
+            open_connections=len(self._clients),
+            connections_total=self._connections_total,
+            refused_connections_total=self._refused_connections_total,
+            accept_errors_total=self._accept_errors_total,
+            requests_total=self._requests_total,
+            buffered_bytes=self._buffered_bytes,
+            overloads_total=self._overloads_total,
+            bad_requests_total=self._bad_requests_total,
+            handler_errors_total=self._handler_errors_total,
+            timeouts_total=dict(self._timeouts_total),
+        )
+
+    async def _reap(self) -> None:
+        """Cancel what is overdue, and keep the renderer's time."""
+        settings = self._settings
+        shortest = min(
+            settings.idle_seconds,
+            settings.header_seconds,
+            settings.body_grace_seconds,
+            settings.write_seconds,
+            LINGER_SECONDS,
+        )
+        pause = min(REAP_SECONDS, shortest / 4)
+        while True:
+            await trio.sleep(pause)
+            self._renderer.set_time(self._wall_clock())
+            now = trio.current_time()
+            for client in self._clients:
+                if client.deadline <= now and client.cancelled_in is None:
+                    client.cancel()
+
+    async def _accept(self, listener: trio.abc.Listener[trio.abc.Stream], connections: trio.Nursery) -> None:
+        """Accept connections until cancelled."""
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:
+                if error.errno not in _CAPACITY_ERRNOS:
+                    raise
+                self._accept_failed(error)
+                await trio.sleep(ACCEPT_PAUSE_SECONDS)
+                continue
+            if len(self._clients) < self._settings.max_connections:
+                parser = RequestParser(self._router, self._limits, _peer_of(stream))
+                client = _Client(stream, parser, trio.current_time() + self._settings.idle_seconds)
+                self._clients.add(client)
+                self._connections_total += 1
+                connections.start_soon(self._serve, client)
+            else:
+                self._refused_connections_total += 1
+                if self._refusals < MAX_REFUSALS:
+                    self._refusals += 1
+                    connections.start_soon(self._refuse, stream)
+                else:
+                    await trio.aclose_forcefully(stream)
+
+    def _accept_failed(self, error: OSError) -> None:
+        self._accept_errors_total += 1
+        now = trio.current_time()
+        if now >= self._accept_log_at:
+            self._accept_log_at = now + ACCEPT_LOG_SECONDS
+            log.error("accept failed", reason=error.strerror, failures_total=self._accept_errors_total)
+
+    async def _refuse(self, stream: trio.abc.Stream) -> None:
+        """Tell a connection too many that it is one."""
+        try:
+            with trio.move_on_after(LINGER_SECONDS):
+                await stream.send_all(self._renderer.render(Exchange(Request("", "", b"", {})), self._overloaded))
+                await _drop_input(stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        finally:
+            self._refusals -= 1
+            await trio.aclose_forcefully(stream)
+
+    async def _serve(self, client: _Client) -> None:
+        """Serve one connection to its end."""
+        try:
+            with client.scope:
+                await self._converse(client)
+            if client.cancelled_in is not None:
+                await self._end_overdue(client, client.cancelled_in)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the client is gone, which is how connections end
+        finally:
+            self._clients.discard(client)
+            self._buffered_bytes -= client.charged_bytes
+            await trio.aclose_forcefully(client.stream)
+
+    async def _converse(self, client: _Client) -> None:
+        """Read requests and answer them until one side is done."""
+        parser, receive = client.parser, client.stream.receive_some
+        idle_seconds = self._settings.idle_seconds
+        while True:
+            data = await receive(READ_BYTES)
+            if not data or client.cancelled_in is not None:
+                return
+            client.phase, client.deadline = Phase.HANDLING, math.inf
+            exchanges = parser.feed(data)
+            if parser.held_bytes:
+                exchanges = self._charge(client, exchanges)
+            if exchanges and await self._answer(client, exchanges):
+                break
+            if parser.progress is Progress.BOUNDARY:
+                client.phase, client.deadline = Phase.IDLE, trio.current_time() + idle_seconds
+            else:
+                await self._await_more(client, len(data))
+        if parser.is_unread or parser.progress is not Progress.BOUNDARY:
+            client.phase, client.deadline = Phase.LINGER, trio.current_time() + LINGER_SECONDS
+            await _drop_input(client.stream)
+
+    async def _answer(self, client: _Client, exchanges: list[Exchange]) -> bool:
+        """Answer the requests of one read; True where the connection ends with them."""
+        answers: list[bytes] = []
+        closes = False
+        for exchange in exchanges:
+            if exchange.response is None and answers:
+                await self._send(client, answers)  # whoever waits for them need not wait for this handler
+                client.phase, client.deadline = Phase.HANDLING, math.inf
+            try:
+                response = exchange.response or await exchange.handler(exchange.request)
+                if self._is_stopping and exchange is exchanges[-1]:
+                    exchange.close = True
+                answer = self._renderer.render(exchange, response)
+            except Exception:
+                self._handler_errors_total += 1
+                log.exception("handler failed", method=exchange.request.method, path=exchange.request.path)
+                response = error_response(500, "Internal error")
+                answer = self._renderer.render(exchange, response)
+            self._requests_total += 1
+            closes = exchange.close or response.close
+            if response.status:
+                answers.append(answer)
+            if closes:
+                break
+        parser = client.parser
+        if parser.is_malformed:
+            self._bad_requests_total += 1
+        parser.release()
+        if client.charged_bytes:
+            self._buffered_bytes += parser.held_bytes - client.charged_bytes
+            client.charged_bytes = parser.held_bytes
+        client.awaits = Phase.IDLE
+        if answers:
+            await self._send(client, answers)
+        return closes
+
+    async def _send(self, client: _Client, answers: list[bytes]) -> None:
+        """Send and forget `answers`."""
+        client.phase, client.deadline = Phase.WRITE, trio.current_time() + self._settings.write_seconds
+        data = answers[0] if len(answers) == 1 else b"".join(answers)
+        answers.clear()
+        await client.stream.send_all(data)
+
+    async def _await_more(self, client: _Client, received_bytes: int) -> None:
+        """Set the deadline of an incomplete request.
+
+        A head has `header_seconds` from its first byte. A body's patience is a bucket: `body_grace_seconds` deep,
+        it runs out with time, and every byte adds what it may take at the least rate. So no stall is longer than
+        the grace, and no credit can be saved up by sending fast and then holding memory for hours.
+        """
+        settings, parser = self._settings, client.parser
+        if parser.expects_continue:
+            parser.expects_continue = False
+            await self._send(client, [CONTINUE])
+        now = trio.current_time()
+        phase = Phase.HEADER if parser.progress is Progress.HEAD else Phase.BODY
+        if client.awaits is not phase:
+            client.awaits = phase
+            client.patience_ends = now + (
+                settings.header_seconds if phase is Phase.HEADER else settings.body_grace_seconds
+            )
+        elif phase is Phase.BODY:
+            rate = settings.min_body_rate_bytes
+            earned = received_bytes / rate if rate else math.inf
+            client.patience_ends = min(client.patience_ends + earned, now + settings.body_grace_seconds)
+        client.phase, client.deadline = phase, client.patience_ends
+
+    def _charge(self, client: _Client, exchanges: list[Exchange]) -> list[Exchange]:
+        """Charge the connection for the bodies that it holds; refuse what is over `max_buffered_bytes`."""
+        parser = client.parser
+        self._buffered_bytes += parser.held_bytes - client.charged_bytes
+        client.charged_bytes = parser.held_bytes
+        if self._buffered_bytes <= self._settings.max_buffered_bytes:
+            return exchanges
+        self._overloads_total += 1
+        incomplete = parser.abandon(self._overloaded)
+        if not exchanges:
+            return [incomplete]
+        first = exchanges[0]
+        first.response = self._overloaded
+        return [first]
+
+    async def _end_overdue(self, client: _Client, phase: Phase) -> None:
+        """Say why, where something was incomplete, and end the connection."""
+        if phase is Phase.IDLE and self._is_stopping:
+            return
+        self._timeouts_total[phase.value] += 1
+        if phase is not Phase.HEADER and phase is not Phase.BODY:
+            return
+        exchange = client.parser.abandon(error_response(408, f"The {phase.value} took too long"))
+        assert exchange.response is not None  # noqa: S101 - that is what abandoning decides
+        self._requests_total += 1
+        client.scope = trio.CancelScope()
+        client.cancelled_in = None
+        client.phase, client.deadline = Phase.LINGER, trio.current_time() + LINGER_SECONDS
+        with client.scope:
+            await client.stream.send_all(self._renderer.render(exchange, exchange.response))
+            await _drop_input(client.stream)
+
+
+def _peer_of(stream: trio.abc.Stream) -> str:
+    """Return the client's address, empty where there is none."""
+    if not isinstance(stream, trio.SocketStream):
+        return ""
+    try:
+        name = stream.socket.getpeername()
+    except OSError:
+        return ""
+    return str(name[0]) if isinstance(name, tuple) else ""
+
+
+async def _drop_input(stream: trio.abc.Stream) -> None:
+    """Shut the write side and drop what comes, until the client closes too or has sent `LINGER_BYTES`."""
+    if isinstance(stream, trio.abc.HalfCloseableStream):
+        await stream.send_eof()
+    dropped_bytes = 0
+    while dropped_bytes < LINGER_BYTES:
+        data = await stream.receive_some(READ_BYTES)
+        if not data:
+            return
+        dropped_bytes += len(data)
+
+
+async def open_listeners(address: str) -> list[trio.SocketListener]:
+    """Listen on an address.
+
+    Args:
+        address: `host:port` or `[v6]:port`; port 0 takes a free one. A name listens on each of its addresses.
+
+    Returns:
+        One listener an address, with the longest backlog that the system allows, so that bursts are not refused.
+
+    Raises:
+        ConfigError: The address cannot be read.
+        OSError: It cannot be listened on: taken, not ours, or not allowed. The message names it.
+    """
+    host, separator, port = address.rpartition(":")
+    is_bracketed = host[:1] == "[" and host[-1:] == "]"
+    if is_bracketed:
+        host = host[1:-1]
+    is_port = port.isascii() and port.isdigit() and int(port) <= 65_535
+    if not separator or not host or not is_port or (":" in host and not is_bracketed):
+        raise ConfigError([f'cannot listen on "{address}": expected host:port or [v6]:port, port at most 65535'])
+    try:
+        return await trio.open_tcp_listeners(int(port), host=host)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror or error}") from error
