@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Rate = Annotated[float, Meta(ge=0, le=1)]
 Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+Moment = Annotated[float, Meta(ge=0, le=1e9)]
 Status = Annotated[int, Meta(ge=400, le=599)]
 
 
@@ -48,7 +49,7 @@ class FaultSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Time between a batch's arrival and its storing."""
     latency_jitter_seconds: Seconds = 0.0
     """Up to this much is added to the latency, evenly spread."""
-    outages: tuple[tuple[Annotated[float, Meta(ge=0)], Annotated[float, Meta(ge=0)]], ...] = ()
+    outages: tuple[tuple[Moment, Moment], ...] = ()
     """`(start, end)` in seconds since the sandbox started: nothing is let in from start until before end."""
     outage_status: Annotated[int, Meta(ge=0, le=599)] = 0
     """What an outage answers; 0 closes the connection."""

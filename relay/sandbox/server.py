@@ -23,7 +23,7 @@ DEFAULT_ADDRESS = "127.0.0.1:8790"
 """Beside the relay's 8787 and 8788."""
 
 MAX_BUFFERED_BYTES = 536_870_912
-"""Bodies being received at once: eight relays' worth of largest single events. A test tool may use memory."""
+"""Bodies being received at once: four of the largest. Memory is cheap on the machines that test."""
 
 
 async def serve_sandbox(

@@ -108,10 +108,7 @@ class Sandbox:
             self._report,
             sessions=len(self._store.sessions),
             peak_requests_per_minute=max((window.peak for window in self._windows.values()), default=0),
-            keys={
-                fingerprint(key): KeyReport(window.counted, window.peak)
-                for key, window in self._windows.items()
-            },
+            keys={fingerprint(key): KeyReport(window.counted, window.peak) for key, window in self._windows.items()},
             elapsed_seconds=round(self._elapsed_seconds(), 3),
         )
         value: dict[str, Any] = msgspec.to_builtins(report)
