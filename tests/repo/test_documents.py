@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from relay.settings.options import options, sections
+from relay.settings.rendering import render_defaults
+from tests.repo.tables import CHECKOUT, README, TABLES, section
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_readme_table_is_current(name: str) -> None:
+    """A table of README.md says what the code says; `python -m tests.repo.tables` brings it up to date."""
+    assert section(README.read_text(encoding="utf-8"), name) == TABLES[name]()
+
+
+def test_configuration_file_is_the_defaults() -> None:
+    """config/relay.toml is the rendering of the defaults."""
+    text = (CHECKOUT / "config" / "relay.toml").read_text(encoding="utf-8")
+    assert text == render_defaults()
+
+
+def test_every_option_gives_its_reason() -> None:
+    """Options and sections are described in whole sentences, and numbers have a bound."""
+    for name, option in options().items():
+        assert re.fullmatch(r"[A-Z`\"].*[.]", option.reason), name
+        assert option.is_text or option.bounds(), name
+    for name, owner in sections().items():
+        assert re.fullmatch(r"[A-Z].*[.]", owner.__doc__ or ""), name
+
+
+def test_options_carry_their_unit() -> None:
+    """A number of seconds is a float or int named so, and no option repeats its section's name."""
+    for option in options().values():
+        assert not option.name.startswith(f"{option.section}_")
+        assert not re.search(r"_(?:secs?|ms|minutes|kb|mb|timeout|interval)$", option.name), option.dotted
+        assert not option.name.startswith(("no_", "disable", "not_")), option.dotted
