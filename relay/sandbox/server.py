@@ -9,6 +9,7 @@ import argparse
 import random  # noqa: TID251 - the composition of a command of its own: one generator, seeded below
 import signal
 import sys
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
@@ -18,6 +19,9 @@ from relay.errors import ConfigError
 from relay.http.listener import HttpListener, open_listeners
 from relay.sandbox.faults import FaultSettings
 from relay.sandbox.service import Sandbox, SandboxSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEFAULT_ADDRESS = "127.0.0.1:8790"
 """Beside the relay's 8787 and 8788."""
@@ -52,95 +56,34 @@ async def serve_sandbox(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lucent-relay sandbox`."""
     settings, faults = SandboxSettings(), FaultSettings()
-    add = parser.add_argument
-    add(
-        "--listen",
-        metavar="HOST:PORT",
-        default=DEFAULT_ADDRESS,
-        help="address; port 0 picks a free one (%(default)s)",
-    )
-    add("--key", action="append", default=[], help="accept this key only; repeatable (any luc_pk_ key)")
-    add(
-        "--requests-per-minute",
-        type=int,
-        metavar="N",
-        default=settings.requests_per_minute,
-        help="rate limit of each key, 0 is unlimited (%(default)s)",
-    )
-    add(
-        "--max-events",
-        type=int,
-        metavar="N",
-        default=settings.max_events,
-        help="events of one batch (%(default)s)",
-    )
-    add(
-        "--max-bytes",
-        type=int,
-        metavar="N",
-        default=settings.max_bytes,
-        help="uncompressed JSON of a batch with more than one event (%(default)s)",
-    )
-    add("--seed", type=int, metavar="N", default=0, help="of the faults' random numbers (%(default)s)")
-    add(
-        "--error-rate",
-        type=float,
-        metavar="P",
-        default=faults.error_rate,
-        help="share of batches answered with an error",
-    )
-    add(
-        "--error-status",
-        type=int,
-        action="append",
-        metavar="STATUS",
-        default=[],
-        help="what that error is; repeatable (500)",
-    )
-    add(
-        "--drop-before-rate",
-        type=float,
-        metavar="P",
-        default=faults.drop_before_rate,
-        help="share of batches hung up on before storing",
-    )
-    add(
-        "--drop-after-rate",
-        type=float,
-        metavar="P",
-        default=faults.drop_after_rate,
-        help="share of batches stored, then hung up on",
-    )
-    add(
-        "--latency",
-        type=float,
-        metavar="SECONDS",
-        default=faults.latency_seconds,
-        help="time from arrival to storing",
-    )
-    add(
-        "--latency-jitter",
-        type=float,
-        metavar="SECONDS",
-        default=faults.latency_jitter_seconds,
-        help="up to this much more",
-    )
-    add(
-        "--outage",
-        type=_outage,
-        action="append",
-        metavar="START:END",
-        default=[],
-        help="hang up on everything in this span of seconds since the start; repeatable",
-    )
-    add(
-        "--outage-status",
-        type=int,
-        metavar="STATUS",
-        default=faults.outage_status,
-        help="answer outages with this instead",
-    )
-    add("--reject-key", action="append", metavar="KEY", default=[], help="answer this key 401; repeatable")
+    # A list as default is an option that may be repeated.
+    options: list[tuple[str, Callable[[str], Any], str, Any, str]] = [
+        ("--listen", str, "HOST:PORT", DEFAULT_ADDRESS, "address; port 0 picks a free one"),
+        ("--key", str, "KEY", [], "accept this key; without any, every key that begins with luc_pk_"),
+        ("--requests-per-minute", int, "N", settings.requests_per_minute, "rate limit of each key; 0 lifts it"),
+        ("--max-events", int, "N", settings.max_events, "events of one batch"),
+        ("--max-bytes", int, "N", settings.max_bytes, "bytes of JSON of a batch with more than one event"),
+        ("--seed", int, "N", 0, "of the faults: the same seed, the same faults"),
+        ("--error-rate", float, "P", faults.error_rate, "share of batches answered with an error"),
+        ("--error-status", int, "STATUS", [], "that error's status (without any, 500)"),
+        ("--drop-before-rate", float, "P", faults.drop_before_rate, "share hung up on before storing"),
+        ("--drop-after-rate", float, "P", faults.drop_after_rate, "share stored, then hung up on"),
+        ("--latency", float, "SECONDS", faults.latency_seconds, "time from arrival to storing"),
+        ("--latency-jitter", float, "SECONDS", faults.latency_jitter_seconds, "up to this is added"),
+        ("--outage", _outage, "START:END", [], "in this span of seconds since the start hang up on all"),
+        ("--outage-status", int, "STATUS", faults.outage_status, "answer outages with this; 0 hangs up"),
+        ("--reject-key", str, "KEY", [], "answer this key 401"),
+    ]
+    for flag, kind, metavar, default, text in options:
+        is_repeatable = isinstance(default, list)
+        parser.add_argument(
+            flag,
+            type=kind,
+            metavar=metavar,
+            default=default,
+            action="append" if is_repeatable else "store",
+            help=f"{text}; repeatable" if is_repeatable else f"{text} (%(default)s)",
+        )
 
 
 def settings_of(arguments: argparse.Namespace) -> SandboxSettings:

@@ -130,3 +130,9 @@ def test_inflating_is_bounded() -> None:
     """A decompression bomb is refused."""
     with pytest.raises(TooLarge):
         decode_body(gzip.compress(bytes(subject.MAX_DECODED_BYTES + 1), 1), "gzip")
+
+
+def test_plain_bodies_are_bounded_too() -> None:
+    """The bound is on the decoded size, whatever the coding."""
+    with pytest.raises(TooLarge):
+        decode_body(bytes(subject.MAX_DECODED_BYTES + 1), "")
