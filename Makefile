@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test run lint clean
+.PHONY: demo test run lint tables clean
 
 demo: .venv/.ready
 	$(BIN)/lucent-relay demo
@@ -18,6 +18,10 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Writes the options, commands and exit codes into README.md and config/relay.toml, from the code.
+tables: .venv/.ready
+	$(BIN)/python -m tests.repo.tables
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lucent-relay needs Python 3.11 or newer; set PYTHON=python3.x")'

@@ -11,7 +11,9 @@ Records of the standard library's logging, which libraries use, come out the sam
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import sys
 import threading
 from collections import OrderedDict
@@ -19,7 +21,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 import msgspec
-import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
@@ -169,6 +170,8 @@ def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> Even
 
 def _masked(value: Any) -> Any:
     match value:
+        case float() if not math.isfinite(value):
+            return str(value)  # JSON has no number for it
         case None | bool() | int() | float():
             return value
         case str():
@@ -186,11 +189,8 @@ def _masked(value: Any) -> Any:
 def render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     """Return the event as one line of JSON; a traceback is the member `exception`."""
     ordered = {**{key: event[key] for key in HEAD if key in event}, **event}
-    try:
-        return orjson.dumps(ordered).decode()
-    except orjson.JSONEncodeError:
-        # Integers beyond 64 bits and broken UTF-8, which no line of ours holds, must not cost the line.
-        return orjson.dumps({key: ascii(value) for key, value in ordered.items()}).decode()
+    # The standard library's encoder, unlike orjson, has a form for every integer and for broken UTF-8.
+    return json.dumps(ordered)
 
 
 def render_logfmt(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
@@ -209,7 +209,7 @@ def _logfmt_value(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case list() | dict():
-            return _logfmt_value(orjson.dumps(value).decode())
+            return _logfmt_value(json.dumps(value))
         case _:
             text = str(value)
     if text and text.isprintable() and not set(text) & set(' "=\\'):

@@ -1,4 +1,7 @@
-"""The tables of README.md that are held against the code. `python -m tests.repo.tables` brings them up to date."""
+"""What is written from the code and held against it: tables of README.md, and config/relay.toml.
+
+`make tables` brings them up to date.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ from pathlib import Path
 from relay.cli import build_parser
 from relay.exit_codes import ExitCode
 from relay.settings.options import options
+from relay.settings.rendering import render_defaults
 
 CHECKOUT = Path(__file__).parents[2]
 README = CHECKOUT / "README.md"
+CONFIGURATION = CHECKOUT / "config" / "relay.toml"
 
 
 def option_table() -> str:
@@ -61,4 +66,5 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
+    CONFIGURATION.write_text(render_defaults(), encoding="utf-8")
     README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

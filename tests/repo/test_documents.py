@@ -6,19 +6,18 @@ import pytest
 
 from relay.settings.options import options, sections
 from relay.settings.rendering import render_defaults
-from tests.repo.tables import CHECKOUT, README, TABLES, section
+from tests.repo.tables import CONFIGURATION, README, TABLES, section
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_readme_table_is_current(name: str) -> None:
-    """A table of README.md says what the code says; `python -m tests.repo.tables` brings it up to date."""
+    """A table of README.md says what the code says; `make tables` brings it up to date."""
     assert section(README.read_text(encoding="utf-8"), name) == TABLES[name]()
 
 
 def test_configuration_file_is_the_defaults() -> None:
     """config/relay.toml is the rendering of the defaults."""
-    text = (CHECKOUT / "config" / "relay.toml").read_text(encoding="utf-8")
-    assert text == render_defaults()
+    assert CONFIGURATION.read_text(encoding="utf-8") == render_defaults()
 
 
 def test_every_option_gives_its_reason() -> None:
