@@ -1,0 +1,1 @@
+"""From the spool to upstream: one lane a key, each spending its key's budget."""

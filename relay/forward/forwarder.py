@@ -1,0 +1,180 @@
+"""The forwarder: all lanes, what they share, and the bound on what they hold in memory.
+
+Rules:
+1. The schedules hold at most `forward.max_windows` windows. While more are pending they stay on disk, and are read
+   when half of those in memory are done; so memory does not grow with the backlog.
+2. Stopping lets the deliveries in flight end, not the backlog. The caller bounds the wait.
+3. A lane that has been idle for longer than any budget remembers is forgotten.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import msgspec
+import structlog
+import trio
+
+from relay.config import Config
+from relay.forward.lane import Client, Clocks, ForwardCounts, Lane, LaneStatus
+from relay.spool.spool import Spool
+from relay.spool.values import Appended, NewBatch, PendingWindow
+
+_KEEP_SECONDS = 10.0
+"""Interval of looking for idle lanes and for windows that wait on disk."""
+
+log = structlog.get_logger()
+
+
+class ForwardStatistics(msgspec.Struct, frozen=True):
+    """Counters since the start of the process, and the state of now."""
+
+    attempts_by_verdict: dict[str, int]
+    """Requests sent to upstream, by what became of them."""
+    batches_by_reason: dict[str, int]
+    """Batches sealed, by why they were due."""
+    batches_delivered: int
+    """Upstream batches that upstream took."""
+    events_delivered: int
+    """Events in them."""
+    segments_delivered: int
+    """Segments merged into them."""
+    batches_parked: int
+    """Batches that upstream refused as they are."""
+    bytes_sent: int
+    """Gzip bodies, retries included."""
+    attempt_errors: int
+    """Attempts that ended in an error of ours."""
+    in_flight: int
+    """Requests under way."""
+    pending_windows: int
+    """Windows with pending events that are held in memory."""
+    has_more_on_disk: bool
+    """Whether further windows wait on disk for their turn."""
+    lanes: list[LaneStatus]
+    """One a key."""
+
+
+class Forwarder:
+    """Sends what the spool holds.
+
+    Args:
+        config: Sections batch, budget and forward.
+        spool: Announces what is accepted; its `on_appended` is taken over.
+        client: Sends requests to the ingest API.
+        clocks: Time and chance.
+    """
+
+    def __init__(self, config: Config, spool: Spool, client: Client, clocks: Clocks) -> None:
+        self._config = config
+        self._spool = spool
+        self._client = client
+        self._clocks = clocks
+        self._counts = ForwardCounts()
+        self._slots = trio.Semaphore(config.forward.max_in_flight)
+        self._lanes: dict[int, Lane] = {}
+        self._scopes: dict[int, trio.CancelScope] = {}
+        self._has_more = False
+        self._stopping = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Read what an earlier run left, then deliver until `stop` and until what is in flight has ended.
+
+        Started once the spool's content is known: from then on nothing that is accepted is missed.
+
+        Cancellation: ends at once; what was in flight stays sealed and is sent again by the next run.
+        """
+        async with trio.open_nursery() as deliveries, trio.open_nursery() as lanes:
+            self._start_lane = partial(self._add_lane, lanes, deliveries)
+            self._spool.on_appended = self._note_appended
+            await self._restore()
+            task_status.started()
+            lanes.start_soon(self._keep_house)
+            await self._stopping.wait()
+            lanes.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Begin no further delivery."""
+        self._stopping.set()
+
+    def statistics(self) -> ForwardStatistics:
+        """Return counters and the state of the lanes."""
+        counts = self._counts
+        lanes = [lane.status() for lane in self._lanes.values()]
+        return ForwardStatistics(
+            attempts_by_verdict={verdict.value: count for verdict, count in counts.verdicts.items()},
+            batches_by_reason=dict(counts.sent_by_reason),
+            batches_delivered=counts.batches_delivered,
+            events_delivered=counts.events_delivered,
+            segments_delivered=counts.segments_delivered,
+            batches_parked=counts.batches_parked,
+            bytes_sent=counts.bytes_sent,
+            attempt_errors=counts.attempt_errors,
+            in_flight=sum(lane.in_flight for lane in lanes),
+            pending_windows=self._pending_windows(),
+            has_more_on_disk=self._has_more,
+            lanes=lanes,
+        )
+
+    def _pending_windows(self) -> int:
+        return sum(lane.pending_windows for lane in self._lanes.values())
+
+    async def _restore(self) -> None:
+        for attempt in await self._spool.recent_attempts():
+            (await self._lane(attempt.key_id)).restore_attempt(attempt.at)
+        for batch in await self._spool.sealed_batches():
+            (await self._lane(batch.key_id)).restore(batch)
+        await self._read_pending()
+
+    async def _read_pending(self) -> None:
+        """Take windows from the disk into the schedules, as many as there is room for."""
+        room = self._config.forward.max_windows
+        windows = await self._spool.pending_windows(room)
+        self._has_more = len(windows) == room
+        for window in windows:
+            lane = await self._lane(window.key_id)
+            if not lane.knows(window.window_id):
+                lane.add(window)
+
+    async def _lane(self, key_id: int) -> Lane:
+        lane = self._lanes.get(key_id)
+        return lane or self._start_lane(key_id, await self._spool.key(key_id))
+
+    def _note_appended(self, appended: Appended, batch: NewBatch) -> None:
+        lane = self._lanes.get(appended.key_id) or self._start_lane(appended.key_id, batch.key)
+        if not lane.knows(appended.window_id) and self._is_crowded():
+            self._has_more = True
+            return
+        lane.add(
+            PendingWindow(
+                appended.key_id,
+                appended.session_id,
+                appended.window_id,
+                batch.event_count,
+                sum(segment.events_bytes for segment in batch.segments),
+                batch.accepted_at,
+                int(batch.is_final),
+            )
+        )
+
+    def _is_crowded(self) -> bool:
+        return self._has_more or self._pending_windows() >= self._config.forward.max_windows
+
+    def _add_lane(self, lanes: trio.Nursery, deliveries: trio.Nursery, key_id: int, key: str) -> Lane:
+        lane = Lane(key_id, key, self._config, self._spool, self._client, self._clocks, self._counts, self._slots)
+        self._lanes[key_id] = lane
+        lanes.start_soon(self._run_lane, lane, deliveries)
+        return lane
+
+    async def _run_lane(self, lane: Lane, deliveries: trio.Nursery) -> None:
+        with trio.CancelScope() as self._scopes[lane.key_id]:
+            await lane.run(deliveries)
+
+    async def _keep_house(self) -> None:
+        while True:
+            await trio.sleep(_KEEP_SECONDS)
+            if self._has_more and self._pending_windows() < self._config.forward.max_windows // 2:
+                await self._read_pending()
+            for key_id in [key_id for key_id, lane in self._lanes.items() if lane.is_idle]:
+                self._scopes.pop(key_id).cancel()
+                del self._lanes[key_id]

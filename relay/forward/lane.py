@@ -1,0 +1,366 @@
+"""A lane: the pending work of one upstream key, and the budget it is done with.
+
+Rules:
+1. A lane sends when four parties agree: the schedule has something due, the budget has a slot, the breaker allows
+   it, and no `Retry-After` holds the key. Each names a time; the lane sleeps until the latest of them.
+2. Every attempt ends in one verdict, and every verdict in one call on the schedule. What was not settled stays
+   sealed in the spool, so ending a lane at any await loses nothing.
+3. Only a commit makes a delivery count. If the disk refuses it, the lane asks again; it does not send again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from math import inf
+from typing import Literal, Protocol
+
+import msgspec
+import structlog
+import trio
+
+from relay.config import Config
+from relay.errors import SpoolUnavailable, UpstreamError
+from relay.http.client import Reply
+from relay.protocol.backoff import Backoff
+from relay.protocol.breaker import Breaker
+from relay.protocol.budget import Budget
+from relay.protocol.cut import Limits
+from relay.protocol.fingerprint import fingerprint
+from relay.protocol.schedule import Choice, Schedule
+from relay.protocol.verdict import Verdict, classify, parse_retry_after
+from relay.spool.spool import Spool
+from relay.spool.values import Load, PendingWindow, SealedBatch
+
+INGEST_TARGET = "/api/sdk/replay"
+"""Upstream's one runtime endpoint."""
+
+_DISK_RETRY_SECONDS = 1.0
+"""Pause after the disk refused a step; as often as the spool itself looks whether it works again."""
+
+_REPLY_EXCERPT_BYTES = 300
+"""Of an upstream answer, in a log line or beside a parked batch."""
+
+log = structlog.get_logger()
+
+
+class Client(Protocol):
+    """What a lane needs of the HTTP client."""
+
+    async def request(self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Reply:
+        """Send a request and return the answer, or raise `UpstreamError`."""
+
+
+class Clocks(msgspec.Struct, frozen=True):
+    """Time and chance, which tests replace."""
+
+    monotonic: Callable[[], float]
+    """Seconds; for deadlines and intervals."""
+    wall: Callable[[], float]
+    """Seconds since the epoch; for what is compared across restarts."""
+    uniform: Callable[[], float]
+    """A random number in [0, 1), for jitter."""
+
+    def from_wall(self, at: float) -> float:
+        """Return a past wall-clock time on the monotonic clock; never in the future, whatever the wall clock did."""
+        now = self.monotonic()
+        return min(now, now - (self.wall() - at))
+
+
+class ForwardCounts:
+    """Counters of all lanes, since the start of the process. Plain integers: only trio's thread touches them."""
+
+    def __init__(self) -> None:
+        self.verdicts = dict.fromkeys(Verdict, 0)
+        """Attempts by what became of them."""
+        self.sent_by_reason: dict[str, int] = {}
+        """Batches sealed, by why they were due."""
+        self.batches_delivered = 0
+        self.events_delivered = 0
+        self.segments_delivered = 0
+        self.batches_parked = 0
+        self.bytes_sent = 0
+        """Gzip bodies, retries included."""
+        self.attempt_errors = 0
+        """Attempts that ended in an error of ours."""
+
+
+class LaneStatus(msgspec.Struct, frozen=True):
+    """A lane for `/status`."""
+
+    key: str
+    """Fingerprint of the upstream key."""
+    state: Literal["open", "probing", "held", "limited"]
+    """`open`: sends freely. `probing`: after failures, one at a time. `held`: upstream refuses the key. `limited`:
+    upstream asked us to wait."""
+    pending_windows: int
+    """Windows with events that are in no sealed batch."""
+    in_flight: int
+    """Requests under way."""
+    budget_used: int
+    """Slots of the window that are occupied."""
+    budget_limit: int
+    """Slots of a window; 0 is unlimited."""
+    failures: int
+    """Attempts in a row without a usable answer."""
+
+
+class Lane:
+    """One upstream key's pending work.
+
+    Args:
+        key_id: Row of the key in the spool.
+        key: The key.
+        config: Sections batch, budget and forward.
+        slots: Bounds the requests under way over all lanes.
+    """
+
+    def __init__(
+        self,
+        key_id: int,
+        key: str,
+        config: Config,
+        spool: Spool,
+        client: Client,
+        clocks: Clocks,
+        counts: ForwardCounts,
+        slots: trio.Semaphore,
+    ) -> None:
+        self.key_id = key_id
+        self._key = key
+        self._settings = config.forward
+        self._spool = spool
+        self._client = client
+        self._clocks = clocks
+        self._counts = counts
+        self._slots = slots
+        self._log = log.bind(key=fingerprint(key))
+        self._schedule = Schedule(Limits(config.batch.max_events, config.batch.max_bytes), config.batch.linger_seconds)
+        self._budget = Budget(config.budget.requests_per_minute, config.budget.margin_seconds)
+        self._breaker = Breaker(config.forward.breaker_failures)
+        self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
+        self._not_before = -inf
+        self._is_held = False
+        self._failures: dict[int, int] = {}
+        """Failed attempts in a row, by batch; only of batches that wait for a retry."""
+        self._in_flight = 0
+        self._changed = trio.Event()
+
+    # -- what is there to do
+
+    def wake(self) -> None:
+        """Look again: something may be due earlier than it was."""
+        self._changed.set()
+
+    def add(self, window: PendingWindow) -> None:
+        """Note events pending in a window."""
+        self._schedule.add(
+            window.session_id,
+            window.window_id,
+            events=window.events,
+            events_bytes=window.events_bytes,
+            finals=window.finals,
+            oldest_at=self._clocks.from_wall(window.oldest_at),
+        )
+        self.wake()
+
+    def knows(self, window_id: int) -> bool:
+        """Return whether the schedule holds the window."""
+        return self._schedule.has_window(window_id)
+
+    def restore(self, batch: SealedBatch) -> None:
+        """Note a batch that an earlier run sealed and did not settle; it is sent again at once."""
+        self._schedule.retry_at(batch.session_id, batch.batch_id, -inf)
+        self.wake()
+
+    def restore_attempt(self, at: float) -> None:
+        """Count a send of an earlier run, by the wall clock of its beginning."""
+        self._budget.restore(self._clocks.from_wall(at))
+
+    @property
+    def pending_windows(self) -> int:
+        """Windows held in the schedule."""
+        return len(self._schedule)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the lane has nothing to do and remembers nothing that matters."""
+        return self._schedule.is_empty and not self._in_flight and not self._budget.used(self._clocks.monotonic())
+
+    def status(self) -> LaneStatus:
+        """Return the lane's state."""
+        now = self._clocks.monotonic()
+        state: Literal["open", "probing", "held", "limited"] = "open"
+        if self._is_held:
+            state = "held"
+        elif self._not_before > now:
+            state = "limited"
+        elif self._breaker.is_open:
+            state = "probing"
+        return LaneStatus(
+            fingerprint(self._key),
+            state,
+            len(self._schedule),
+            self._in_flight,
+            self._budget.used(now),
+            self._budget.limit,
+            self._breaker.failures,
+        )
+
+    # -- doing it
+
+    async def run(self, deliveries: trio.Nursery) -> None:
+        """Start deliveries in a nursery of the caller's as they fall due, until cancelled."""
+        while True:
+            self._changed = trio.Event()
+            await self._wait_until_ready()
+            await self._slots.acquire()
+            now = self._clocks.monotonic()
+            choice = self._schedule.choose(now) if self._ready_at(now) <= now else None
+            if choice is None:
+                self._slots.release()
+                continue
+            self._in_flight += 1
+            self._budget.begin()
+            self._breaker.begin()
+            deliveries.start_soon(self._deliver, choice)
+
+    async def _wait_until_ready(self) -> None:
+        while True:
+            now = self._clocks.monotonic()
+            at = self._ready_at(now)
+            if at <= now:
+                await trio.lowlevel.checkpoint()
+                return
+            with trio.move_on_after(at - now):
+                await self._changed.wait()
+            self._changed = trio.Event()
+
+    def _ready_at(self, now: float) -> float:
+        """Return when the next delivery may begin (rule 1)."""
+        if self._in_flight >= self._settings.max_in_flight_per_key:
+            return inf
+        return max(self._schedule.ready_at(now), self._budget.ready_at(now), self._breaker.ready_at(), self._not_before)
+
+    async def _deliver(self, choice: Choice) -> None:
+        """Make one attempt at one batch, and settle what comes of it."""
+        load: Load | None = None
+        try:
+            load = await self._take(choice)
+            if load is not None:
+                await self._attempt(load)
+        except Exception:  # noqa: BLE001 - one session's trouble must not end the lane
+            # The session stays busy: what we cannot handle is kept, and not touched again before a restart.
+            self._log.exception("delivery failed by an error of the relay", session=choice.session_id)
+            self._counts.attempt_errors += 1
+        finally:
+            if load is None:
+                self._budget.abandon()
+            else:
+                self._budget.end(self._clocks.monotonic())
+            self._breaker.abandon()
+            self._in_flight -= 1
+            self._slots.release()
+            self.wake()
+
+    async def _take(self, choice: Choice) -> Load | None:
+        """Seal what was chosen, or load what was sealed; None where there is nothing to send after all."""
+        try:
+            if choice.batch_id is not None:
+                return await self._spool.load(choice.batch_id)
+            assert choice.window_id is not None  # noqa: S101 - a Choice has one or the other
+            load = await self._spool.seal(choice.window_id)
+        except SpoolUnavailable:
+            self._not_before = max(self._not_before, self._clocks.monotonic() + _DISK_RETRY_SECONDS)
+            if choice.batch_id is not None:
+                self._schedule.retry_at(choice.session_id, choice.batch_id, self._not_before)
+            else:
+                self._schedule.release(choice.session_id)
+            return None
+        if load is None:
+            self._schedule.withhold(choice.session_id, choice.window_id)
+            return None
+        batch = load.batch
+        left_at = None if load.next_oldest_at is None else self._clocks.from_wall(load.next_oldest_at)
+        self._schedule.seal(
+            batch.window_id,
+            events=batch.event_count,
+            events_bytes=batch.events_bytes,
+            finals=batch.finals,
+            next_oldest_at=left_at,
+        )
+        reasons = self._counts.sent_by_reason
+        reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
+        return load
+
+    async def _attempt(self, load: Load) -> None:
+        headers = (
+            (b"X-Lucent-Api-Key", self._key.encode()),
+            (b"Content-Type", b"application/json"),
+            (b"Content-Encoding", b"gzip"),
+        )
+        reply: Reply | None = None
+        self._counts.bytes_sent += len(load.body)
+        try:
+            reply = await self._client.request("POST", INGEST_TARGET, headers, load.body)
+            problem = f"{reply.status} {reply.body[:_REPLY_EXCERPT_BYTES].decode('utf-8', 'replace')}"
+        except UpstreamError as error:
+            problem = str(error)
+        verdict = Verdict.RETRY if reply is None else classify(reply.status)
+        self._counts.verdicts[verdict] += 1
+        await self._settle(load.batch, verdict, reply, problem)
+
+    async def _settle(self, batch: SealedBatch, verdict: Verdict, reply: Reply | None, problem: str) -> None:
+        """Carry out a verdict: rule 2."""
+        now = self._clocks.monotonic()
+        if verdict in (Verdict.DELIVERED, Verdict.POISON, Verdict.TOO_LARGE):
+            self._note_success()
+            self._failures.pop(batch.batch_id, None)
+            if verdict is Verdict.DELIVERED:
+                await self._record(lambda: self._spool.settle(batch.batch_id))
+                self._counts.batches_delivered += 1
+                self._counts.events_delivered += batch.event_count
+                self._counts.segments_delivered += batch.segment_count
+            else:
+                self._log.error("upstream refuses a batch, it stays in the spool", batch=batch.batch_id, reply=problem)
+                await self._record(lambda: self._spool.park(batch.batch_id, problem))
+                self._counts.batches_parked += 1
+            self._schedule.release(batch.session_id)
+            return
+        failures = self._failures[batch.batch_id] = self._failures.get(batch.batch_id, 0) + 1
+        delay = self._backoff.delay_seconds(failures, self._clocks.uniform)
+        if verdict is Verdict.LIMITED:
+            self._note_success()
+            asked = parse_retry_after(
+                reply.headers.get(b"retry-after", b"") if reply else b"",
+                self._clocks.wall(),
+                self._settings.retry_after_max_seconds,
+            )
+            delay = delay if asked is None else asked
+            self._not_before = max(self._not_before, now + delay)
+            self._log.warning("upstream limits the key", seconds=round(delay, 1))
+        elif verdict is Verdict.HOLD:
+            delay = self._settings.hold_seconds
+            self._breaker.trip(now, delay)
+            self._is_held = True
+            self._log.error("upstream refuses the key, its batches wait", reply=problem, seconds=delay)
+        else:
+            self._breaker.fail(now, delay)
+            if verdict is Verdict.OUTAGE:
+                self._log.error("upstream is not the ingest API; check upstream.ingest_url", reply=problem)
+            else:
+                self._log.warning("attempt failed", problem=problem, failures=self._breaker.failures)
+        self._schedule.retry_at(batch.session_id, batch.batch_id, now + delay)
+
+    def _note_success(self) -> None:
+        if self._breaker.is_open:
+            self._log.warning("upstream answers again", failures=self._breaker.failures)
+        self._breaker.succeed()
+        self._is_held = False
+
+    async def _record(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Make an outcome durable, however long the disk refuses (rule 3)."""
+        while True:
+            try:
+                return await step()
+            except SpoolUnavailable:
+                await trio.sleep(_DISK_RETRY_SECONDS)

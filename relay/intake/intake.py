@@ -1,0 +1,230 @@
+"""`POST /api/sdk/replay`: bytes in, segments on disk, then 200.
+
+Rules:
+1. Whatever can be refused on headers is refused before the body is read.
+2. 200 is said when the commit that covers the batch has returned, and not before.
+3. A bad batch is answered in upstream's shape and leaves no trace in the spool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from relay.config import Config
+from relay.errors import RefusedBatch, SpoolUnavailable, TooLarge
+from relay.http.message import HeaderList, Request, Response, error_response, json_response
+from relay.http.router import Route
+from relay.intake.keys import find_key
+from relay.protocol.codings import SegmentDeflater, crc32, inflate
+from relay.protocol.cut import Limits, cut_runs
+from relay.protocol.replay import decode_batch
+from relay.spool.spool import Spool
+from relay.spool.values import NewBatch, NewSegment
+
+REPLAY_PATH = "/api/sdk/replay"
+"""As upstream's, so that an SDK's `ingestBaseUrl` may point here."""
+
+_CORS: HeaderList = ((b"access-control-allow-origin", b"*"),)
+
+_PREFLIGHT: HeaderList = (
+    (b"access-control-allow-methods", b"POST, OPTIONS"),
+    (b"access-control-allow-headers", b"Content-Type, Content-Encoding, X-Lucent-Api-Key"),
+    (b"access-control-max-age", b"86400"),
+    (b"vary", b"Access-Control-Request-Private-Network"),
+)
+"""The contract's, cached for a day: browsers cap it lower by themselves, and every preflight saved is a round trip."""
+
+_PRIVATE_NETWORK = (b"access-control-allow-private-network", b"true")
+"""A public page may post to a relay on a private address, if it asks (Private Network Access, 3.1)."""
+
+_OK = json_response(200, {"ok": True})
+
+_INLINE_DECODED_BYTES = 1_048_576
+"""Decoding, checking and compressing this much takes about 3 ms; a small body may inflate to far more."""
+
+BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Upper bounds of the acknowledgement histogram: one commit is 1 to 30 ms, a struggling disk seconds."""
+
+
+class IntakeStatistics(msgspec.Struct, frozen=True):
+    """Counters since the start of the process."""
+
+    batches_accepted: int
+    """Client batches stored and answered 200."""
+    batches_repeated: int
+    """Client batches recognised as stored before, and answered 200."""
+    events_accepted: int
+    """Events of the accepted ones."""
+    wire_bytes: int
+    """Bodies of the accepted ones as received."""
+    decoded_bytes: int
+    """Their JSON."""
+    segments: int
+    """Runs they were cut into."""
+    segment_bytes: int
+    """These, compressed."""
+    refused_by_status: dict[int, int]
+    """Batches refused by this handler."""
+    ack_seconds: list[int]
+    """Accepted and repeated batches by time from complete body to durable, one count a bucket, the last unbounded."""
+    ack_seconds_sum: float
+    """These times added up."""
+
+
+class Intake:
+    """The handler and its counters.
+
+    Args:
+        config: Sections intake, keys, batch and listen.
+        spool: Where batches go.
+        wall_clock: Seconds since the epoch.
+        monotonic: Seconds, for the acknowledgement's duration.
+    """
+
+    def __init__(
+        self, config: Config, spool: Spool, wall_clock: Callable[[], float], monotonic: Callable[[], float]
+    ) -> None:
+        self._settings = config.intake
+        self._default_key = config.keys.default
+        self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
+        self._spool = spool
+        self._wall_clock = wall_clock
+        self._monotonic = monotonic
+        self._deflater = SegmentDeflater()
+        self._decodes = trio.CapacityLimiter(config.intake.max_decodes)
+        self._accepted = self._repeated = self._events = self._wire_bytes = self._decoded_bytes = 0
+        self._segments = self._segment_bytes = 0
+        self._refused: dict[int, int] = {}
+        self._ack_counts = [0] * (len(BUCKETS_SECONDS) + 1)
+        self._ack_sum = 0.0
+
+    def route(self) -> Route:
+        """Return the route to serve."""
+        return Route(
+            REPLAY_PATH,
+            {"POST": self.post, "OPTIONS": self.options},
+            admit=self.admit,
+            max_body_bytes=self._settings.max_body_bytes,
+            headers=_CORS,
+        )
+
+    def statistics(self) -> IntakeStatistics:
+        """Return the counters."""
+        return IntakeStatistics(
+            batches_accepted=self._accepted,
+            batches_repeated=self._repeated,
+            events_accepted=self._events,
+            wire_bytes=self._wire_bytes,
+            decoded_bytes=self._decoded_bytes,
+            segments=self._segments,
+            segment_bytes=self._segment_bytes,
+            refused_by_status=dict(self._refused),
+            ack_seconds=list(self._ack_counts),
+            ack_seconds_sum=self._ack_sum,
+        )
+
+    async def options(self, request: Request) -> Response:
+        """Answer a browser's preflight; it needs no key."""
+        headers = _PREFLIGHT
+        if request.header(b"access-control-request-private-network") == b"true":
+            headers = (*headers, _PRIVATE_NETWORK)
+        return Response(204, headers=headers)
+
+    def admit(self, request: Request) -> Response | None:
+        """Refuse on headers what need not be read: no key, or no room (rule 1)."""
+        key = find_key(request, self._default_key)
+        if key:
+            refusal = self._spool.refusal
+            return self._unavailable(refusal) if refusal else None
+        return self._refuse(401, "Missing API key" if key == "" else "Invalid or revoked API key")
+
+    async def post(self, request: Request) -> Response:
+        """Store one client batch."""
+        began = self._monotonic()
+        key = find_key(request, self._default_key) or ""
+        try:
+            batch, size = await self._decode(key, request)
+        except RefusedBatch as refusal:
+            return self._refuse(refusal.status, str(refusal), refusal)
+        try:
+            appended = await self._spool.append(batch)
+        except SpoolUnavailable as error:
+            return self._unavailable(str(error))
+        if appended.outcome == "too_many_keys":
+            return self._unavailable("the relay holds batches of as many keys as it may (keys.max_keys)")
+        if appended.outcome == "sequence_full":
+            return self._refuse(
+                413,
+                f"Sequence {batch.sequence} is shared by windows of the session that have too many events together: "
+                "send this batch with a sequence of its own",
+            )
+        self._count(batch, size, len(request.body), began, is_new=appended.outcome == "stored")
+        return _OK
+
+    async def _decode(self, key: str, request: Request) -> tuple[NewBatch, int]:
+        """Prepare a small batch here, and one that is large, before or after inflating, in a thread."""
+        if len(request.body) <= self._settings.thread_bytes:
+            max_bytes = min(_INLINE_DECODED_BYTES, self._settings.max_decoded_bytes)
+            try:
+                return self._prepare(key, request, max_bytes, self._deflater)
+            except TooLarge:
+                pass  # with the full allowance, and where it delays nobody
+        return await trio.to_thread.run_sync(
+            self._prepare, key, request, self._settings.max_decoded_bytes, SegmentDeflater(), limiter=self._decodes
+        )
+
+    def _prepare(
+        self, key: str, request: Request, max_decoded_bytes: int, deflater: SegmentDeflater
+    ) -> tuple[NewBatch, int]:
+        """Decode, validate, cut and compress; returns the batch and the size of its JSON. Runs in any thread."""
+        coding = request.header(b"content-encoding").decode("latin-1")
+        body = inflate(request.body, coding, max_decoded_bytes)
+        decoded = decode_batch(body, self._settings.max_envelope_bytes)
+        segments = tuple(
+            NewSegment(run.index, run.event_count, len(run.events), crc32(run.events), deflater.deflate(run.events))
+            for run in cut_runs(decoded, self._limits)
+        )
+        batch = NewBatch(
+            key,
+            decoded.session_id,
+            decoded.window_id,
+            decoded.sequence,
+            decoded.is_final,
+            decoded.last_activity,
+            decoded.envelope,
+            decoded.envelope.digest,
+            decoded.event_count,
+            segments,
+            self._wall_clock(),
+        )
+        return batch, len(body)
+
+    def _count(self, batch: NewBatch, decoded_bytes: int, wire_bytes: int, began: float, *, is_new: bool) -> None:
+        seconds = self._monotonic() - began
+        self._ack_sum += seconds
+        bucket = 0
+        while bucket < len(BUCKETS_SECONDS) and seconds > BUCKETS_SECONDS[bucket]:
+            bucket += 1
+        self._ack_counts[bucket] += 1
+        if not is_new:
+            self._repeated += 1
+            return
+        self._accepted += 1
+        self._events += batch.event_count
+        self._wire_bytes += wire_bytes
+        self._decoded_bytes += decoded_bytes
+        self._segments += len(batch.segments)
+        self._segment_bytes += sum(len(segment.deflated) for segment in batch.segments)
+
+    def _refuse(self, status: int, message: str, refusal: RefusedBatch | None = None) -> Response:
+        self._refused[status] = self._refused.get(status, 0) + 1
+        return error_response(status, message, refusal.details if refusal else None)
+
+    def _unavailable(self, reason: str) -> Response:
+        """Say come again; the reason is for the operator's eyes on the client's side."""
+        self._refused[503] = self._refused.get(503, 0) + 1
+        retry_after = str(self._settings.retry_after_seconds).encode()
+        return error_response(503, f"Cannot accept batches now: {reason}", headers=((b"retry-after", retry_after),))

@@ -1,0 +1,1 @@
+"""The disk: what was accepted and is not yet upstream, and what must be remembered of the rest."""

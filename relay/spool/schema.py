@@ -1,0 +1,164 @@
+"""The spool's database: its tables, its settings, its version, and who may open it.
+
+On disk, in the spool directory (0700):
+
+    spool.sqlite3   the database (0600), beside it SQLite's -wal and -shm
+    lock            held by the relay that owns the directory
+
+Rules:
+1. A segment's description and its bytes are two rows: descriptions are small and lie in the order of their window, so
+   that the cut and a restart read them without touching a byte of events.
+2. `segment.batch_id` is null while the segment is pending; it is set once, when a cut is sealed, and never changed.
+3. `counter` holds what cannot be recomputed (events accepted, delivered, …); what lies in the spool is counted there.
+4. `mark` remembers client batches for longer than their events are kept. Row ids grow with time, so old marks are
+   found without an index.
+5. Row ids that live in memory too (key, session, window, batch) are never used twice.
+6. `attempt` remembers the sends of the last minute, so that a restart spends no budget twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Literal
+
+import apsw
+
+from relay.errors import SpoolLocked, SpoolSchemaMismatch, SpoolUnavailable
+
+SCHEMA_VERSION = 1
+"""Kept in `user_version`. A change of any table below is a new version."""
+
+APPLICATION_ID = 0x4C52_6C79
+"""`LRly`: tells `file` and us whose database it is."""
+
+DATABASE_NAME = "spool.sqlite3"
+LOCK_NAME = "lock"
+
+_PAGE_BYTES = 16_384
+"""A compressed segment of 1 to 5 KB lies on one page with others instead of on a chain of overflow pages."""
+
+_CACHE_KIB = 16_384
+"""The upper levels of every tree at 10 GiB of spool, with room; bounds SQLite's memory."""
+
+_WAL_LIMIT_BYTES = 67_108_864
+"""To this size the log is cut back after a checkpoint, once a burst has made it longer."""
+
+_TABLES = """
+CREATE TABLE key (id INTEGER PRIMARY KEY AUTOINCREMENT, secret TEXT NOT NULL UNIQUE);
+CREATE TABLE session (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key_id INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (key_id, name));
+CREATE TABLE window (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (session_id, name));
+CREATE TABLE envelope (
+    id INTEGER PRIMARY KEY, window_id INTEGER NOT NULL, digest BLOB NOT NULL,
+    head BLOB NOT NULL, tail BLOB NOT NULL, UNIQUE (window_id, digest));
+CREATE TABLE mark (
+    id INTEGER PRIMARY KEY, session_id INTEGER NOT NULL, sequence INTEGER NOT NULL, window_id INTEGER NOT NULL,
+    first_index INTEGER NOT NULL, events INTEGER NOT NULL, accepted_at REAL NOT NULL);
+CREATE UNIQUE INDEX mark_identity ON mark (session_id, sequence, window_id, first_index, events);
+CREATE TABLE segment (
+    window_id INTEGER NOT NULL, address INTEGER NOT NULL, events INTEGER NOT NULL, events_bytes INTEGER NOT NULL,
+    crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL, is_final INTEGER NOT NULL,
+    accepted_at REAL NOT NULL, batch_id INTEGER, body_id INTEGER NOT NULL,
+    PRIMARY KEY (window_id, address)) WITHOUT ROWID;
+CREATE TABLE body (id INTEGER PRIMARY KEY, deflated BLOB NOT NULL);
+CREATE TABLE batch (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, window_id INTEGER NOT NULL, address INTEGER NOT NULL,
+    last_address INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL,
+    is_final INTEGER NOT NULL, events INTEGER NOT NULL, sealed_at REAL NOT NULL, parked TEXT);
+CREATE INDEX batch_session ON batch (session_id);
+CREATE TABLE attempt (key_id INTEGER NOT NULL, at REAL NOT NULL);
+CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+"""
+
+COUNTERS = ("accepted", "delivered", "dead_lettered", "purged", "shed")
+"""The events of law 2, but for those that lie in the spool."""
+
+
+def lock_directory(directory: Path) -> int:
+    """Create the spool directory where needed and take its lock; returns the lock's file descriptor.
+
+    The kernel gives the lock up with the process, so a crash leaves nothing to clean.
+
+    Raises:
+        SpoolLocked: Another process has it.
+        SpoolUnavailable: The directory cannot be made or written.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SpoolUnavailable(f"spool directory {directory} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+        os.close(descriptor)
+        raise SpoolLocked(
+            f"spool directory {directory} is in use by another relay (process {owner or 'unknown'}): "
+            "stop it, or give this one another spool.directory"
+        ) from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    return descriptor
+
+
+def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | None = None) -> apsw.Connection:
+    """Open the database for writing, making its tables where it is new.
+
+    Args:
+        path: The database file; made with mode 0600.
+        durability: `fsync` syncs every commit; `os` leaves commits to the operating system's cache.
+        vfs: Name of a SQLite VFS, for tests that simulate failing disks.
+
+    Raises:
+        SpoolSchemaMismatch: It holds another version's tables, or is no spool.
+        SpoolUnavailable: It cannot be read or written.
+    """
+    try:
+        if vfs is None:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = apsw.Connection(str(path), vfs=vfs)
+        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if durability == 'fsync' else 'NORMAL'}")
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+        connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+        _check_version(connection, path)
+    except OSError as error:
+        raise SpoolUnavailable(f"spool database {path} cannot be opened: {error.strerror}") from error
+    except apsw.NotADBError as error:
+        raise SpoolSchemaMismatch(
+            f"{path} is not a spool database: move it away, or give the relay another spool.directory"
+        ) from error
+    except apsw.Error as error:
+        raise SpoolUnavailable(f"spool database {path} cannot be opened: {error}") from error
+    return connection
+
+
+def _check_version(connection: apsw.Connection, path: Path) -> None:
+    version = connection.pragma("user_version")
+    owner = connection.pragma("application_id")
+    if version == 0 and owner == 0 and not connection.execute("SELECT 1 FROM sqlite_schema").fetchall():
+        with connection:
+            connection.execute(_TABLES)
+            connection.executemany("INSERT INTO counter VALUES (?, 0)", [(name,) for name in COUNTERS])
+            connection.pragma("application_id", APPLICATION_ID)
+            connection.pragma("user_version", SCHEMA_VERSION)
+    elif owner != APPLICATION_ID:
+        raise SpoolSchemaMismatch(f"{path} is the database of another program: give the relay another spool.directory")
+    elif version != SCHEMA_VERSION:
+        raise SpoolSchemaMismatch(
+            f"{path} has schema version {version}, this relay writes version {SCHEMA_VERSION}: run the release that "
+            "wrote it until `lucent-relay status` shows nothing spooled, or give this one another spool.directory"
+        )
+
+
+def open_reader(path: Path, vfs: str | None = None) -> apsw.Connection:
+    """Open a second connection that only reads, beside the writer's."""
+    connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
+    connection.set_busy_timeout(1_000)
+    return connection

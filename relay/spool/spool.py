@@ -1,0 +1,351 @@
+"""The spool as trio sees it: group commit, capacity, and the account.
+
+Rules:
+1. One writer: steps run in order of submission, in groups that share a commit. The next group gathers while one is
+   being committed, so the slower the disk, the larger the groups.
+2. A step's waiter resumes only after its commit (law 1). Cancelling the waiter does not cancel the step.
+3. What was accepted is announced to `on_appended` in order of commit, before any waiter resumes.
+4. Reading for operators (`account`) has a connection of its own and never delays the writer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import apsw
+import msgspec
+import structlog
+import trio
+
+from relay.config import Spool as SpoolSettings
+from relay.errors import SpoolUnavailable
+from relay.protocol.cut import Limits
+from relay.spool import schema
+from relay.spool.store import Step, Store
+from relay.spool.values import Account, Appended, Load, NewBatch, PendingWindow, Recent, SealedBatch
+
+T = TypeVar("T")
+
+Run: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
+"""Runs a blocking call: in a thread, or inline under a virtual clock."""
+
+_MAX_GROUP_STEPS = 256
+"""Steps of one commit: at 25 µs each a commit's own cost is long shared, and nobody waits for much longer."""
+
+_MAX_GROUP_BYTES = 8_388_608
+"""Segment bytes of one commit, so that a few huge batches do not make small ones wait for all of them."""
+
+_PRUNE_SECONDS = 1.0
+"""Interval of housekeeping; 500 marks a second keep up with what a day's worth of full load leaves."""
+
+_ATTEMPT_SECONDS = 120.0
+"""Attempts are remembered for two of upstream's windows."""
+
+log = structlog.get_logger()
+
+
+async def run_in_thread(call: Callable[[], Any]) -> Any:
+    """Run a blocking call in a worker thread, to its end."""
+    return await trio.to_thread.run_sync(call)
+
+
+class SpoolStatistics(msgspec.Struct, frozen=True):
+    """Counters since the start, and the state of the disk at the last commit."""
+
+    commits: int
+    """Groups committed."""
+    steps: int
+    """Steps in them."""
+    failed_commits: int
+    """Groups that the disk refused."""
+    used_bytes: int
+    """Pages in use."""
+    free_bytes: int
+    """Left on the file system."""
+    marks_forgotten: int
+    """Client batches no longer recognised, by age or number."""
+    refusal: str
+    """Why new batches are refused now; empty while they are not."""
+
+
+class _Group:
+    """Steps that share a commit."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.batches: list[NewBatch | None] = []
+        """What a step appends; None where it does something else."""
+        self.size = 0
+        self.results: list[Any] = []
+        self.taken = trio.Event()
+        self.committed = trio.Event()
+
+
+class Spool:
+    """The disk. Use `open_spool`.
+
+    Concurrency: trio's thread only.
+    """
+
+    def __init__(
+        self, store: Store, reader: apsw.Connection, settings: SpoolSettings, run: Run, now: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._reader = reader
+        self._settings = settings
+        self._run = run
+        self._now = now
+        self._gathering = _Group()
+        self._work = trio.Event()
+        self._closing = False
+        self._used_bytes = store.used_bytes()
+        self._free_bytes = store.free_bytes()
+        self._failure = ""
+        self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
+        self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
+        """Called for every stored batch, in order of commit."""
+
+    # -- what may come in
+
+    @property
+    def refusal(self) -> str:
+        """Why new batches are refused now, for people; empty while they are accepted."""
+        if self._failure:
+            return self._failure
+        if self._used_bytes >= self._settings.max_bytes:
+            return f"spool is full: {self._used_bytes} of {self._settings.max_bytes} bytes (spool.max_bytes)"
+        if self._free_bytes < self._settings.min_free_bytes:
+            floor = self._settings.min_free_bytes
+            return f"disk is low: {self._free_bytes} bytes free, under {floor} (spool.min_free_bytes)"
+        return ""
+
+    async def append(self, batch: NewBatch) -> Appended:
+        """Store a client batch.
+
+        Durability: on return with `stored` or `repeated`, the batch is on disk as `spool.durability` says.
+
+        Raises:
+            SpoolUnavailable: The disk refused it, nothing is stored; the client may come again.
+
+        Cancellation: the batch may be stored all the same.
+        """
+        appended: Appended = await self._submit(
+            lambda: self._store.append(batch), sum(len(segment.deflated) for segment in batch.segments), batch
+        )
+        return appended
+
+    # -- what goes out
+
+    async def seal(self, window_id: int) -> Load | None:
+        """Cut the window's next upstream batch durably and return it; None where nothing may be sent now."""
+        return await self._step(lambda: self._store.seal(window_id, self._now()))
+
+    async def load(self, batch_id: int) -> Load:
+        """Return a sealed batch for another attempt."""
+        return await self._step(lambda: self._store.load(batch_id, self._now()))
+
+    async def settle(self, batch_id: int) -> None:
+        """Record that upstream has a batch, and free its space."""
+        await self._step(lambda: self._store.settle(batch_id))
+
+    async def park(self, batch_id: int, reason: str) -> None:
+        """Leave a batch in the spool that upstream refuses as it is."""
+        await self._step(lambda: self._store.park(batch_id, reason))
+
+    async def key(self, key_id: int) -> str:
+        """Return a key's secret."""
+        return await self._step(lambda: self._store.key(key_id))
+
+    async def pending_windows(self, max_windows: int) -> list[PendingWindow]:
+        """Return windows with unsealed segments."""
+        return await self._step(lambda: self._store.pending_windows(max_windows))
+
+    async def sealed_batches(self) -> list[SealedBatch]:
+        """Return what was sealed and not settled."""
+        return await self._step(self._store.sealed_batches)
+
+    async def recent_attempts(self) -> list[Recent]:
+        """Return the sends that still count against a budget."""
+        return await self._step(lambda: self._store.recent_attempts(self._now() - _ATTEMPT_SECONDS))
+
+    # -- the account
+
+    async def account(self) -> Account:
+        """Return the conservation account of one instant, read from the disk."""
+        account: Account = await self._run(self._read_account)
+        return account
+
+    def _read_account(self) -> Account:
+        def rows_of(sql: str) -> list[tuple[Any, ...]]:
+            return self._reader.execute(sql).fetchall()
+
+        try:
+            with self._reader:  # one transaction, so one instant
+                counters = dict(rows_of("SELECT name, value FROM counter"))
+                [(spooled, segments, oldest_at)] = rows_of(
+                    "SELECT coalesce(sum(events), 0), count(*), min(accepted_at) FROM segment"
+                )
+                rows = rows_of("SELECT parked IS NOT NULL, coalesce(sum(events), 0), count(*) FROM batch GROUP BY 1")
+        except apsw.Error as error:
+            raise SpoolUnavailable(f"the disk refused a read: {error}") from error
+        batches = {is_parked: (events, count) for is_parked, events, count in rows}
+        sealed, parked = batches.get(0, (0, 0)), batches.get(1, (0, 0))
+        return Account(
+            **counters,
+            pending=spooled - sealed[0] - parked[0],
+            sealed=sealed[0],
+            parked=parked[0],
+            pending_segments=segments,
+            parked_batches=parked[1],
+            oldest_at=oldest_at,
+        )
+
+    def statistics(self) -> SpoolStatistics:
+        """Return counters and the state of the disk."""
+        return SpoolStatistics(
+            commits=self._commits,
+            steps=self._steps,
+            failed_commits=self._failed_commits,
+            used_bytes=self._used_bytes,
+            free_bytes=self._free_bytes,
+            marks_forgotten=self._marks_forgotten,
+            refusal=self.refusal,
+        )
+
+    # -- group commit
+
+    async def _step(self, step: Callable[[], T]) -> T:
+        result: T = await self._submit(step, 0, None)
+        return result
+
+    async def _submit(self, step: Step, size: int, batch: NewBatch | None) -> Any:
+        if self._closing:
+            raise SpoolUnavailable("the spool is closed")
+        while len(self._gathering.steps) >= _MAX_GROUP_STEPS or (
+            self._gathering.steps and self._gathering.size + size > _MAX_GROUP_BYTES
+        ):
+            await self._gathering.taken.wait()
+        group = self._gathering
+        position = len(group.steps)
+        group.steps.append(step)
+        group.batches.append(batch)
+        group.size += size
+        self._work.set()
+        await group.committed.wait()
+        result = group.results[position]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    async def commit_groups(self) -> None:
+        """Commit group after group, until cancelled; a group that was begun is finished first."""
+        while True:
+            await self._work.wait()
+            group, self._gathering, self._work = self._gathering, _Group(), trio.Event()
+            group.taken.set()
+            try:
+                group.results, self._used_bytes, self._free_bytes = await self._run(partial(self._commit, group.steps))
+            except SpoolUnavailable as error:
+                group.results = [error] * len(group.steps)
+                self._failed_commits += 1
+                if not self._failure:
+                    log.error("spool refuses batches", reason=str(error))  # noqa: TRY400 - the cause is in the text
+                self._failure = str(error)
+            else:
+                self._commits += 1
+                self._steps += len(group.steps)
+                if self._failure:
+                    log.warning("spool accepts batches again")
+                self._failure = ""
+            for batch, result in zip(group.batches, group.results, strict=True):
+                if batch is not None and isinstance(result, Appended) and result.outcome == "stored":
+                    self.on_appended(result, batch)
+            group.committed.set()
+
+    def _commit(self, steps: list[Step]) -> tuple[list[Any], int, int]:
+        results = self._store.transact(steps)
+        return results, self._store.used_bytes(), self._store.free_bytes()
+
+    async def keep_house(self) -> None:
+        """Forget old marks and attempts, and notice when a disk works again, until cancelled."""
+        while True:
+            await trio.sleep(_PRUNE_SECONDS)
+            now = self._now()
+            try:
+                self._marks_forgotten += await self._step(
+                    partial(
+                        self._store.prune,
+                        now - self._settings.dedupe_seconds,
+                        self._settings.dedupe_max_marks,
+                        now - _ATTEMPT_SECONDS,
+                    )
+                )
+            except SpoolUnavailable:
+                continue  # logged where the commit failed
+
+    async def close(self) -> None:
+        """Commit what was submitted, then refuse everything."""
+        self._closing = True
+        while self._gathering.steps:
+            await self._gathering.committed.wait()
+
+
+_CLOSE_SECONDS = 10.0
+"""Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
+
+
+@asynccontextmanager
+async def open_spool(
+    settings: SpoolSettings,
+    limits: Limits,
+    max_keys: int,
+    *,
+    now: Callable[[], float],
+    run: Run = run_in_thread,
+    vfs: str | None = None,
+) -> AsyncIterator[Spool]:
+    """Open the spool, with everything that an earlier run left in it.
+
+    Args:
+        settings: Directory, caps, durability.
+        limits: Of an upstream batch.
+        max_keys: Distinct keys kept at a time.
+        now: The wall clock.
+        run: Runs blocking calls; inline for tests on virtual time.
+        vfs: A SQLite VFS, for tests of failing disks.
+
+    Raises:
+        SpoolLocked: Another relay has the directory.
+        SpoolSchemaMismatch: Another version wrote it.
+        SpoolUnavailable: It cannot be read or written.
+    """
+    directory = Path(settings.directory)
+    lock = schema.lock_directory(directory)
+    try:
+        path = directory / schema.DATABASE_NAME
+        connection = schema.open_database(path, settings.durability, vfs)
+        store = Store(connection, limits, max_keys)
+        try:
+            reader = schema.open_reader(path, vfs)
+            try:
+                async with trio.open_nursery() as nursery:
+                    spool = Spool(store, reader, settings, run, now)
+                    nursery.start_soon(spool.commit_groups)
+                    nursery.start_soon(spool.keep_house)
+                    try:
+                        yield spool
+                    finally:
+                        with trio.move_on_after(_CLOSE_SECONDS, shield=True):
+                            await spool.close()
+                        nursery.cancel_scope.cancel()
+            finally:
+                reader.close()
+        finally:
+            store.close()
+    finally:
+        os.close(lock)

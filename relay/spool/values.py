@@ -1,0 +1,161 @@
+"""What goes into the spool and comes out of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from relay.protocol.replay import Envelope
+
+
+class NewSegment(msgspec.Struct, frozen=True, gc=False):
+    """One compressed run of a client batch."""
+
+    index: int
+    """Index of its first event in the client batch."""
+    event_count: int
+    """At least 1."""
+    events_bytes: int
+    """Uncompressed, with the commas between events."""
+    crc: int
+    """CRC-32 of the uncompressed run."""
+    deflated: bytes
+    """The run as a segment."""
+
+
+class NewBatch(msgspec.Struct, frozen=True, gc=False):
+    """A client batch, ready to be stored."""
+
+    key: str
+    """The client's key."""
+    session_id: str
+    """`session.id`."""
+    window_id: str
+    """`session.windowId`."""
+    sequence: int
+    """`replay.sequence`."""
+    is_final: bool
+    """Whether the batch ends its session; its last segment bears that."""
+    last_activity: bytes
+    """`session.lastActivityAt` as JSON text."""
+    envelope: Envelope
+    """Shared by its segments."""
+    digest: bytes
+    """The envelope's."""
+    event_count: int
+    """Sum over the segments."""
+    segments: tuple[NewSegment, ...]
+    """In order, without gaps."""
+    accepted_at: float
+    """Wall clock, seconds."""
+
+
+class Appended(msgspec.Struct, frozen=True, gc=False):
+    """What became of a `NewBatch`."""
+
+    outcome: Literal["stored", "repeated", "sequence_full", "too_many_keys"]
+    """`repeated`: this (key, session, window, sequence) was accepted before. `sequence_full`: the session's windows
+    share this sequence and its 16 384 addresses are used up. Only `stored` changed anything."""
+    key_id: int = 0
+    """Row of the key."""
+    session_id: int = 0
+    """Row of the session."""
+    window_id: int = 0
+    """Row of the window."""
+
+
+class PendingWindow(msgspec.Struct, frozen=True, gc=False):
+    """A window's unsealed segments, summed up."""
+
+    key_id: int
+    session_id: int
+    window_id: int
+    events: int
+    """Sum of its segments."""
+    events_bytes: int
+    """Uncompressed."""
+    oldest_at: float
+    """Wall clock of the oldest segment's acceptance."""
+    finals: int
+    """Segments that end the session."""
+
+
+class SealedBatch(msgspec.Struct, frozen=True, gc=False):
+    """A durable cut that upstream has not settled."""
+
+    batch_id: int
+    """Row of the batch."""
+    key_id: int
+    session_id: int
+    window_id: int
+    sequence: int
+    """The address it bears upstream."""
+    event_count: int
+    """Events in it."""
+    segment_count: int
+    """Segments merged into it."""
+    events_bytes: int
+    """Uncompressed, without the commas between segments."""
+    finals: int
+    """Final segments in it: 0 or 1."""
+    is_final: bool
+    """Whether it is sent with `flush: "final"`."""
+    oldest_at: float
+    """Wall clock of its oldest segment's acceptance."""
+
+
+class Load(msgspec.Struct, frozen=True, gc=False):
+    """A sealed batch with its body."""
+
+    batch: SealedBatch
+    """What it is."""
+    body: bytes
+    """Its gzip body; the same bytes at every call."""
+    next_oldest_at: float | None = None
+    """Wall clock of acceptance of what the cut left in the window; None where it left nothing, or on a retry."""
+
+
+class Recent(msgspec.Struct, frozen=True, gc=False):
+    """A send that a restart must still count against a key's budget."""
+
+    key_id: int
+    at: float
+    """Wall clock when it began."""
+
+
+class Account(msgspec.Struct, frozen=True):
+    """The conservation account, in events, of one instant: accepted is the sum of all others."""
+
+    accepted: int
+    """Answered 200, ever, in this spool."""
+    delivered: int
+    """Taken by upstream."""
+    dead_lettered: int
+    """Refused by upstream for good and kept aside."""
+    purged: int
+    """Removed by an operator."""
+    shed: int
+    """Dropped by an overflow policy."""
+    pending: int
+    """Spooled, in no sealed batch."""
+    sealed: int
+    """Spooled, in a sealed batch on its way."""
+    parked: int
+    """Spooled, in a sealed batch that upstream refused as it is."""
+    pending_segments: int
+    """Segments of all spooled events."""
+    parked_batches: int
+    """Batches of `parked`."""
+    oldest_at: float | None
+    """Wall clock of the oldest spooled event's acceptance."""
+
+    @property
+    def spooled(self) -> int:
+        """Events in the spool, in whatever state."""
+        return self.pending + self.sealed + self.parked
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether law 2 holds."""
+        return self.accepted == self.delivered + self.spooled + self.dead_lettered + self.purged + self.shed
