@@ -80,9 +80,7 @@ def parse_base_url(url: str) -> tuple[Origin, str]:
         port = parts.port
     except ValueError as error:
         # The text can quote the authority, and with it a password.
-        raise _unusable("has a malformed host or a port outside 1 to 65535") from (
-            None if "@" in url else error
-        )
+        raise _unusable("has a malformed host or a port outside 1 to 65535") from (None if "@" in url else error)
     if parts.scheme not in DEFAULT_PORTS:
         raise _unusable(f"has the scheme {parts.scheme!r}; it must be http or https")
     if "@" in parts.netloc:
