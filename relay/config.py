@@ -20,7 +20,7 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Base of all sections: immutable, keyword-only, unknown options refused."""
 
 
-class Listen(Section):
+class Listen(Section, frozen=True):
     """The two listeners and what one client may cost."""
 
     relay: Annotated[
@@ -99,7 +99,7 @@ class Listen(Section):
     ] = 30.0
 
 
-class Intake(Section):
+class Intake(Section, frozen=True):
     """What one client batch may be."""
 
     max_body_bytes: Annotated[
@@ -158,7 +158,7 @@ class Intake(Section):
     ] = 5
 
 
-class Keys(Section):
+class Keys(Section, frozen=True):
     """Client keys."""
 
     default: Annotated[
@@ -181,7 +181,7 @@ class Keys(Section):
     ] = 1_000
 
 
-class Upstream(Section):
+class Upstream(Section, frozen=True):
     """Where batches go, and how long we wait."""
 
     ingest_url: Annotated[
@@ -236,7 +236,7 @@ class Upstream(Section):
     max_idle_connections: Annotated[int, Meta(ge=0, le=1_000, description="Unused connections kept for re-use.")] = 16
 
 
-class Batch(Section):
+class Batch(Section, frozen=True):
     """The cut: what one upstream batch may be."""
 
     max_events: Annotated[
@@ -263,7 +263,7 @@ class Batch(Section):
     ] = 5.0
 
 
-class Budget(Section):
+class Budget(Section, frozen=True):
     """Requests a key may spend."""
 
     requests_per_minute: Annotated[
@@ -288,7 +288,7 @@ class Budget(Section):
     ] = 0.25
 
 
-class Forward(Section):
+class Forward(Section, frozen=True):
     """How batches are sent."""
 
     max_in_flight: Annotated[
@@ -349,7 +349,7 @@ class Forward(Section):
     ] = 300.0
 
 
-class Spool(Section):
+class Spool(Section, frozen=True):
     """The disk."""
 
     directory: Annotated[
@@ -413,7 +413,7 @@ class Spool(Section):
     ] = 2_000_000
 
 
-class Log(Section):
+class Log(Section, frozen=True):
     """What is written to standard error."""
 
     level: Annotated[
@@ -430,7 +430,7 @@ class Log(Section):
     ] = "logfmt"
 
 
-class Shutdown(Section):
+class Shutdown(Section, frozen=True):
     """How the process ends."""
 
     deadline_seconds: Annotated[
@@ -445,7 +445,7 @@ class Shutdown(Section):
     ] = 20.0
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     """All sections. Every option has a default, so an empty file is a valid configuration."""
 
     listen: Listen = Listen()

@@ -24,6 +24,9 @@ from relay.settings.options import MASK
 DEFAULT_PORTS = {"http": 80, "https": 443}
 """Ports of URLs that name none (RFC 9110, 4.2)."""
 
+REPLAY_PATH = "/api/sdk/replay"
+"""The ingest API's one endpoint, which documents of the SDK show as part of the URL."""
+
 KEY = re.compile(r"[!-~]*")
 """What a header's value may be where blanks around it would be lost: visible ASCII (RFC 9110, 5.5)."""
 
@@ -69,6 +72,8 @@ def _url_problems(config: Config) -> Iterator[Finding]:
             yield Finding(option, problem)
         elif _is_own_address(url, config.listen.relay):
             yield Finding(option, "must not be the relay itself, which listens there:", "listen.relay")
+    if config.upstream.ingest_url.rstrip("/").endswith(REPLAY_PATH):
+        yield Finding("upstream.ingest_url", f"must end before {REPLAY_PATH}, which the relay adds")
 
 
 def url_problem(url: str) -> str | None:

@@ -37,8 +37,9 @@ COMPARISONS: tuple[tuple[str, str, Callable[[float, float], bool]], ...] = (
 )
 """msgspec's name of a bound, its sign, and the comparison that a value must pass."""
 
-CREDENTIALS = re.compile(r"//[^\s\"]*@")
-"""User and password of a URL, greedily: a password may hold `/` or `@` where it should not."""
+CREDENTIALS = re.compile(r"(?<=//).*(?=@)|(?<=\?).+(?=\")")
+"""User and password of a URL, greedily, because a password may hold `/` or `@` where it should not; and the query
+of anything in quotes."""
 
 
 class Option(msgspec.Struct, frozen=True):
@@ -116,7 +117,7 @@ class Option(msgspec.Struct, frozen=True):
 
     def show(self, value: Any) -> str:
         """Return a value as it may stand in a message: masked, without credentials, not too long."""
-        text = redact(CREDENTIALS.sub(f"//{MASK}@", self.mask(value)))
+        text = redact(CREDENTIALS.sub(MASK, self.mask(value)))
         return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 

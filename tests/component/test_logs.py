@@ -131,6 +131,7 @@ class FakeClock:
         self.now = 1_000.0
 
     def __call__(self) -> float:
+        """Return what time it is."""
         return self.now
 
 

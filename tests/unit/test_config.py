@@ -181,6 +181,10 @@ def test_absent_file_is_a_problem(tmp_path: Path) -> None:
         ("listen.relay=8787", 'must be "host:port" or "[IPv6]:port"'),
         ("listen.admin=127.0.0.1:8787", 'must have another port than listen.relay = "127.0.0.1:8787" (default)'),
         ("upstream.ingest_url=http://localhost:8787/", "must not be the relay itself, which listens there:"),
+        (
+            "upstream.ingest_url=https://a.example/api/sdk/replay",
+            "must end before /api/sdk/replay, which the relay adds",
+        ),
         ("upstream.data_url=app.lucenthq.com", 'must be a URL that begins with "http://" or "https://"'),
         ("upstream.ca_file=absent.pem", "must be a file that can be read: No such file or directory"),
         ("upstream.first_byte_seconds=91", "must be <= upstream.response_seconds = 90.0 (default)"),
@@ -241,6 +245,7 @@ KEY = "luc_pk_4f9a2b7c"
         (f'[upstream]\ningest_url = "https://host/?api_key={KEY}"\n', []),
         (f'[upstream]\ningest_url = "https://user:{KEY}@host"\n', []),
         (f'[upstream]\ningest_url = "https://user:{KEY}/@host"\n', []),
+        ("", ['upstream.data_url=https://user:a"b luc_pk_4f9a2b7c@host']),
         ("", [KEY]),
         ("", [f"keys.default:{KEY}"]),
         ("", [f"keys.default='{KEY}"]),
@@ -260,6 +265,18 @@ def test_no_message_holds_a_secret_of_another_shape() -> None:
     assert caught.value.problems == [
         f'keys.default = "{MASK}" (--set): must be visible ASCII without blanks, as it becomes a header'
     ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://me:hunter2@host", 'https://me:a"/hunter2@host', "https://host/?token=hunter2", "//hunter2@host?hunter2"],
+)
+def test_no_message_holds_the_secrets_of_a_url(url: str) -> None:
+    """User, password and query of a URL are masked, whatever they look like."""
+    with pytest.raises(ConfigError) as caught:
+        with_sets(f"upstream.data_url={url}")
+    assert "hunter2" not in str(caught.value)
+    assert "host" in str(caught.value)
 
 
 def test_masked_secret_is_not_taken_for_one() -> None:
