@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.SPOOL
     except KeyboardInterrupt:
         return ExitCode.INTERRUPTED
+    except BaseExceptionGroup as group:
+        # trio's nurseries wrap what ends them, Ctrl-C too.
+        if group.split(KeyboardInterrupt)[1] is None:
+            return ExitCode.INTERRUPTED
+        complain(redact(traceback.format_exc().rstrip()))
+        return ExitCode.INTERNAL
     except Exception:  # noqa: BLE001 - the process's edge: unhandled it would end as 1, which is a verdict
         complain(redact(traceback.format_exc().rstrip()))
         return ExitCode.INTERNAL

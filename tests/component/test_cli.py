@@ -141,6 +141,8 @@ def test_run_passes_the_configuration(app: Callable[..., None]) -> None:
     [
         (SpoolLocked("spool is locked by process 7"), ExitCode.SPOOL, "spool is locked by process 7"),
         (KeyboardInterrupt(), ExitCode.INTERRUPTED, ""),
+        (BaseExceptionGroup("nursery", [KeyboardInterrupt()]), ExitCode.INTERRUPTED, ""),
+        (BaseExceptionGroup("nursery", [KeyboardInterrupt(), OSError("x")]), ExitCode.INTERNAL, "OSError: x"),
         (BrokenPipeError("not standard output"), ExitCode.INTERNAL, "BrokenPipeError: not standard output"),
         (ZeroDivisionError("luc_pk_secret"), ExitCode.INTERNAL, "ZeroDivisionError: key-"),
     ],
