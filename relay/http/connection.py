@@ -121,6 +121,7 @@ class RequestParser:
         "_feed_bytes",
         "_first",
         "_headers",
+        "_host",
         "_is_chunked",
         "_limits",
         "_max_body_bytes",
@@ -155,6 +156,7 @@ class RequestParser:
         self._feed_bytes = 0  # of the current read
         self._carried_bytes = 0  # of the incomplete head, from earlier reads
         self._without_upgrade = b""
+        self._host = b" "  # the last that was found valid; clients repeat themselves
         # The body being read.
         self._exchange: Exchange | None = None
         self._max_body_bytes = 0
@@ -185,7 +187,10 @@ class RequestParser:
         self._feed_bytes = len(data)
         before = self._exchange
         try:
-            self._parse(data)
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             if isinstance(cause, _Refused):
@@ -250,16 +255,16 @@ class RequestParser:
         self.abandon(HANG_UP)
         return Exchange(Request("", "", b"", {}), handler=fail, close=True)
 
-    def _parse(self, data: bytes | bytearray) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # The upgrade is declined by not answering it (RFC 9110, 7.8), but llhttp left HTTP behind: so the
-            # head is read once more, without its upgrade and as the connection's last.
-            replayed = self._without_upgrade + data[upgrade.args[0] :]
-            self._feed_bytes = len(replayed)
-            self._parser = httptools.HttpRequestParser(self)
-            self._parser.feed_data(replayed)
+    def _ignore_upgrade(self, rest: bytes | bytearray) -> None:
+        """Decline an upgrade by not answering it (RFC 9110, 7.8).
+
+        llhttp takes what follows for another protocol. So the head is read once more, without its upgrade and as
+        the connection's last.
+        """
+        replayed = self._without_upgrade + rest
+        self._feed_bytes = len(replayed)
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(replayed)
 
     # Callbacks of httptools, in the order of a request.
 
@@ -293,9 +298,14 @@ class RequestParser:
                 raise _Malformed(self._head_too_large())
         version: str = parser.get_http_version()
         is_http_1_0 = version != "1.1"
-        _check_head(version, url, headers)
+        host = headers.get(b"host")
+        if host is None or host != self._host or is_http_1_0:
+            _check_version_and_host(version, host)
+            self._host = host or b" "
         if url[:1] != b"/":
             url = _origin_form(method, url)
+        if b"#" in url:
+            raise _Malformed(error_response(400, "Malformed HTTP request: fragment in the request target"))
         self._is_chunked = b"transfer-encoding" in headers
         if self._is_chunked:
             _check_transfer_coding(headers[b"transfer-encoding"], version)
@@ -314,7 +324,7 @@ class RequestParser:
         """Take a piece of the body."""
         size = self._size + len(piece)
         if size > self._max_body_bytes:
-            raise _Refused(_body_too_large(self._max_body_bytes))
+            raise _Refused(body_too_large(self._max_body_bytes))
         self._size = size
         if self._discards:
             return
@@ -377,7 +387,7 @@ class RequestParser:
                 exchange.response = route.admit(request)
             if exchange.response is None:
                 if content_length > route.max_body_bytes:
-                    exchange.response = _body_too_large(route.max_body_bytes)
+                    exchange.response = body_too_large(route.max_body_bytes)
                 else:
                     exchange.handler = found.handler
         if not content_length and not self._is_chunked:
@@ -401,22 +411,20 @@ class RequestParser:
         return error_response(431, f"Request line and headers are over {self._limits.max_header_bytes} bytes")
 
 
-def _body_too_large(max_body_bytes: int) -> Response:
+def body_too_large(max_body_bytes: int) -> Response:
+    """Return the answer to a body over its route's limit."""
     return error_response(413, f"Request body is over {max_body_bytes} bytes")
 
 
-def _check_head(version: str, url: bytes, headers: dict[bytes, bytes]) -> None:
-    """Refuse what llhttp lets through in a head (RFC 9112, 2.3, 3.2)."""
-    host = headers.get(b"host")
-    if version != "1.1" and version != "1.0":
+def _check_version_and_host(version: str, host: bytes | None) -> None:
+    """Refuse what llhttp lets through (RFC 9112, 2.3 and 3.2)."""
+    if version not in {"1.1", "1.0"}:
         raise _Malformed(error_response(400, f"Malformed HTTP request: version {version}"))
     if host is None:
         if version == "1.1":
             raise _Malformed(error_response(400, "Malformed HTTP request: no Host header"))
     elif _HOST.fullmatch(host) is None:
         raise _Malformed(error_response(400, "Malformed HTTP request: invalid Host header"))
-    if b"#" in url:
-        raise _Malformed(error_response(400, "Malformed HTTP request: fragment in the request target"))
 
 
 def _origin_form(method: bytes, url: bytes) -> bytes:

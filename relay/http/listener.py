@@ -22,8 +22,8 @@ from __future__ import annotations
 import enum
 import errno
 import math
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, TypeAlias
 
 import msgspec
 import structlog
@@ -63,6 +63,10 @@ ACCEPT_LOG_SECONDS: Final = 10.0
 """At most one log line about failing accepts in this time."""
 
 _CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+
+
+_Receive: TypeAlias = Callable[[int], Awaitable[bytes | bytearray]]
+_Send: TypeAlias = Callable[[bytes], Awaitable[int | None]]
 
 
 class Phase(enum.Enum):
@@ -118,12 +122,19 @@ class _Client:
         "parser",
         "patience_ends",
         "phase",
+        "receive",
         "scope",
+        "send",
         "stream",
     )
 
     def __init__(self, stream: trio.abc.Stream, parser: RequestParser, deadline: float) -> None:
         self.stream = stream
+        self.receive: _Receive = stream.receive_some
+        self.send: _Send = stream.send_all
+        if isinstance(stream, trio.SocketStream):
+            # Straight on the socket: trio's stream around it costs 3.5 µs a request, a sixth of all.
+            self.receive, self.send = stream.socket.recv, stream.socket.send
         self.parser = parser
         self.scope = trio.CancelScope()
         self.phase = Phase.IDLE
@@ -309,7 +320,7 @@ class HttpListener:
                 await self._converse(client)
             if client.cancelled_in is not None:
                 await self._end_overdue(client, client.cancelled_in)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except (trio.BrokenResourceError, OSError):
             pass  # the client is gone, which is how connections end
         finally:
             self._clients.discard(client)
@@ -318,7 +329,7 @@ class HttpListener:
 
     async def _converse(self, client: _Client) -> None:
         """Read requests and answer them until one side is done."""
-        parser, receive = client.parser, client.stream.receive_some
+        parser, receive = client.parser, client.receive
         idle_seconds = self._settings.idle_seconds
         while True:
             data = await receive(READ_BYTES)
@@ -344,7 +355,8 @@ class HttpListener:
         closes = False
         for exchange in exchanges:
             if exchange.response is None and answers:
-                await self._send(client, answers)  # whoever waits for them need not wait for this handler
+                await self._send(client, b"".join(answers))  # who waits for them need not wait for this handler
+                answers.clear()
                 client.phase, client.deadline = Phase.HANDLING, math.inf
             try:
                 response = exchange.response or await exchange.handler(exchange.request)
@@ -371,15 +383,15 @@ class HttpListener:
             client.charged_bytes = parser.held_bytes
         client.awaits = Phase.IDLE
         if answers:
-            await self._send(client, answers)
+            await self._send(client, answers[0] if len(answers) == 1 else b"".join(answers))
         return closes
 
-    async def _send(self, client: _Client, answers: list[bytes]) -> None:
-        """Send and forget `answers`."""
+    async def _send(self, client: _Client, data: bytes) -> None:
+        """Send all of `data` within `write_seconds`."""
         client.phase, client.deadline = Phase.WRITE, trio.current_time() + self._settings.write_seconds
-        data = answers[0] if len(answers) == 1 else b"".join(answers)
-        answers.clear()
-        await client.stream.send_all(data)
+        sent_bytes = await client.send(data)
+        if sent_bytes is not None and sent_bytes < len(data):
+            await client.stream.send_all(data[sent_bytes:])
 
     async def _await_more(self, client: _Client, received_bytes: int) -> None:
         """Set the deadline of an incomplete request.
@@ -391,7 +403,7 @@ class HttpListener:
         settings, parser = self._settings, client.parser
         if parser.expects_continue:
             parser.expects_continue = False
-            await self._send(client, [CONTINUE])
+            await self._send(client, CONTINUE)
         now = trio.current_time()
         phase = Phase.HEADER if parser.progress is Progress.HEAD else Phase.BODY
         if client.awaits is not phase:

@@ -1,0 +1,225 @@
+"""The second engine: the same router and handlers as an ASGI application, served by Hypercorn. The owner of hypercorn.
+
+It carries what is not hot: health, metrics, status. A contract test holds its answers against the listener's.
+
+Rules:
+1. An answer's status, body and headers are those of the listener; only `date`, `connection` and their order are the
+   engine's.
+2. A body is bounded in size by its route and in time by `BODY_SECONDS`; Hypercorn bounds neither.
+3. Hypercorn says nothing on its own: no access log, no banner. Its warnings and errors go where ours go.
+
+Not here: a bound on connections, which Hypercorn does not have. So this engine belongs on an address that only
+operators reach.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias, cast
+
+import hypercorn.trio
+import structlog
+import trio
+from hypercorn.config import Config
+from hypercorn.logging import Logger
+from hypercorn.typing import Framework
+
+from relay.http.connection import body_too_large
+from relay.http.listener import open_listeners
+from relay.http.message import HANG_UP, Request, Response, error_response
+from relay.http.router import Match, Router
+
+log = structlog.get_logger()
+
+Message: TypeAlias = dict[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+AsgiApp: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
+"""An ASGI 3 application."""
+
+BODY_SECONDS: Final = 30.0
+"""Time for a whole request body; what is sent here is smaller than the listener's bodies, which have a rate."""
+
+KEEP_ALIVE_SECONDS: Final = 30.0
+"""Idle connections; twice the usual interval of a Prometheus scrape, so that a scraper keeps its connection."""
+
+GRACEFUL_SECONDS: Final = 2.0
+"""Time for requests in hand at shutdown. Hypercorn shields its writes, so the process has a deadline of its own."""
+
+READ_SECONDS: Final = 60.0
+"""Longest silence of a client, the time its answer takes included; above both of the former."""
+
+MAX_HEADER_BYTES: Final = 16_384
+"""Request line and headers; half of the listener's, since nobody sends cookies of an application here."""
+
+
+def asgi_app(router: Router) -> AsgiApp:
+    """Return an ASGI application that answers like the listener does.
+
+    `HANG_UP` has no word in ASGI: the server makes a 500 of it.
+    """
+
+    async def app(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            request = _request_of(scope)
+            found = router.match(request)
+            response = await _respond(request, found, receive)
+            if response is not None and response.status:
+                await _send_response(request, found, response, send)
+        elif scope["type"] == "lifespan":
+            await _live(receive, send)
+        else:  # a websocket, refused before it is opened
+            await send({"type": f"{scope['type']}.close"})
+
+    return app
+
+
+async def serve_asgi(
+    router: Router,
+    address: str,
+    *,
+    shutdown: trio.Event,
+    task_status: trio.TaskStatus[list[str]] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve a router by Hypercorn until `shutdown` is set.
+
+    Args:
+        router: Resolves requests.
+        address: `host:port` or `[v6]:port`; port 0 takes a free one.
+        shutdown: Ends serving; requests in hand get `GRACEFUL_SECONDS`.
+        task_status: Started with the base URLs, such as `["http://127.0.0.1:8788"]`, once connections are accepted.
+
+    Raises:
+        ConfigError: The address cannot be read.
+        OSError: It cannot be listened on; the message names it.
+    """
+    config = Config()
+    config.bind = await _bind(address)
+    config.logger_class = HypercornLogger
+    config.accesslog = config.errorlog = None
+    config.include_server_header = False
+    config.keep_alive_timeout = KEEP_ALIVE_SECONDS
+    config.graceful_timeout = config.shutdown_timeout = GRACEFUL_SECONDS
+    config.read_timeout = int(READ_SECONDS)
+    config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEADER_BYTES
+    await hypercorn.trio.serve(
+        cast(Framework, asgi_app(router)),
+        config,
+        shutdown_trigger=shutdown.wait,
+        task_status=task_status,
+        mode="asgi",
+    )
+
+
+class HypercornLogger(Logger):
+    """Hands Hypercorn's warnings and errors to structlog, and nothing else to anybody."""
+
+    async def access(self, *_: object) -> None:
+        """Say nothing of requests."""
+
+    async def debug(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
+
+    async def info(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Say nothing: who serves says where."""
+
+    async def warning(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Log a warning."""
+        log.warning("hypercorn", message=message % args)
+
+    async def error(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Log an error."""
+        log.error("hypercorn", message=message % args)
+
+    async def critical(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Log an error."""
+        log.error("hypercorn", message=message % args)
+
+    async def exception(self, message: str, *args: Any, **kwargs: Any) -> None:
+        """Log an error with the traceback at hand."""
+        log.exception("hypercorn", message=message % args)
+
+
+async def _bind(address: str) -> list[str]:
+    """Open sockets as the listener does, with its errors, and return them in Hypercorn's notation."""
+    binds = []
+    for listener in await open_listeners(address):
+        binds.append(f"fd://{os.dup(listener.socket.fileno())}")  # Hypercorn takes the duplicate and closes it
+        listener.socket.close()
+    return binds
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Take part in the lifespan protocol; there is nothing to start or stop."""
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
+
+
+def _request_of(scope: Message) -> Request:
+    headers: dict[bytes, bytes] = {}
+    for name, value in scope["headers"]:
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    path = scope.get("raw_path") or scope["path"].encode()
+    client = scope.get("client")
+    return Request(
+        scope["method"],
+        path.decode("latin-1"),
+        scope["query_string"],
+        headers,
+        peer=str(client[0]) if client else "",
+    )
+
+
+async def _respond(request: Request, found: Match | Response, receive: Receive) -> Response | None:
+    """Return the answer; None where the client is gone."""
+    if isinstance(found, Response):
+        return found
+    try:
+        if found.route.admit is not None and request.method != "OPTIONS":
+            refusal = found.route.admit(request)
+            if refusal is not None:
+                return refusal
+        refusal = error_response(408, "The body took too long", close=True)  # unless told otherwise in time
+        with trio.move_on_after(BODY_SECONDS):
+            refusal = await _read_body(request, found.route.max_body_bytes, receive)
+        if refusal is not None:
+            return refusal if refusal.status else None
+        return await found.handler(request)
+    except Exception:
+        log.exception("handler failed", method=request.method, path=request.path)
+        return error_response(500, "Internal error")
+
+
+async def _read_body(request: Request, max_body_bytes: int, receive: Receive) -> Response | None:
+    """Read the body into the request; a Response refuses it, `HANG_UP` where the client is gone."""
+    body = io.BytesIO()
+    is_too_large = int(request.header(b"content-length", b"0")) > max_body_bytes
+    while not is_too_large:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return HANG_UP
+        body.write(message["body"])
+        is_too_large = body.tell() > max_body_bytes
+        if not message["more_body"]:
+            request.body = body.getvalue()
+            break
+    return body_too_large(max_body_bytes) if is_too_large else None
+
+
+async def _send_response(request: Request, found: Match | Response, response: Response, send: Send) -> None:
+    headers = list(response.headers)
+    if isinstance(found, Match):
+        headers += found.route.headers
+    has_body = response.status not in {204, 304}  # these have no length either (RFC 9110, 8.6)
+    if has_body:
+        headers.append((b"content-length", b"%d" % len(response.body)))
+    if response.close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": response.status, "headers": headers})
+    body = response.body if has_body and request.method != "HEAD" else b""
+    await send({"type": "http.response.body", "body": body, "more_body": False})
