@@ -52,8 +52,8 @@ EARLY_ANSWER_SECONDS = 5.0
 before the break, so it is at most a few TCP retransmissions (0.2, 0.4, 0.8 … s) away."""
 
 PROBE_CHECKPOINTS = 8
-"""Scheduler passes that a pooled connection gets to show that it is dead. Trio's socket stream needs one, TLS
-two, its memory stream three. A pass costs some microseconds."""
+"""Scheduler passes that a pooled connection gets to show that it is dead. Measured: TCP needs 2, TLS 3 with a
+close_notify and 5 without, trio's memory stream 5. All eight take 75 µs."""
 
 MAX_QUOTED_CHARACTERS = 200
 """Of a broken answer in an error message; enough to recognise a proxy's error page."""
@@ -169,7 +169,6 @@ class HttpClient:
                     raise
                 stale = error
                 self._stale_total += 1
-                self._resent_total += 1
         try:
             connection = await self._open()
         except ConnectFailed as error:
@@ -177,6 +176,8 @@ class HttpClient:
                 raise
             # ConnectFailed promises that nothing was sent, which the first attempt makes untrue.
             raise ExchangeFailed(f"{stale}; then {error}") from error
+        if stale is not None:
+            self._resent_total += 1
         return await self._exchange(connection, message, body)
 
     def statistics(self) -> ClientStatistics:
@@ -326,6 +327,9 @@ class _Connection:
 
     async def exchange(self, message: h11.Request, body: bytes) -> Reply:
         """Send a request and, at the same time, read its answer: it may come early and be all there is.
+
+        Over TLS, an early answer of several records can still be lost where the server closes without reading on:
+        trio's TLS stream ends as a whole with its sending side. Then the exchange has failed, and a retry decides.
 
         Raises:
             ExchangeFailed, ExchangeTimedOut, ReplyInvalid: As `HttpClient.request`.

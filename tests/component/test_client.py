@@ -450,7 +450,8 @@ async def test_a_resend_that_cannot_connect_does_not_claim_that_nothing_was_sent
     ) as caught:
         await post(client)
     assert isinstance(caught.value.__cause__, ConnectFailed)
-    assert client.statistics().connect_failures_total == 1
+    statistics = client.statistics()
+    assert (statistics.connect_failures_total, statistics.stale_total, statistics.resent_total) == (1, 1, 0)
 
 
 # Cancellation.
