@@ -295,6 +295,17 @@ class Forward(Section, frozen=True):
         int,
         Meta(
             ge=1,
+            le=10_000,
+            description=(
+                "Requests under way at once over all keys, each with a body of up to 1 MiB before gzip. Bounds memory "
+                "and connections."
+            ),
+        ),
+    ] = 64
+    max_in_flight_per_key: Annotated[
+        int,
+        Meta(
+            ge=1,
             le=1_000,
             description=(
                 "Requests of one key under way at once, each of another session. Covers 100 a minute at 4 s each."

@@ -54,6 +54,16 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     lanes: list[LaneStatus]
     """One a key."""
 
+    @property
+    def budget_used_by_key(self) -> dict[str, int]:
+        """Occupied slots by the key's fingerprint."""
+        return {lane.key: lane.budget_used for lane in self.lanes}
+
+    @property
+    def failures_by_key(self) -> dict[str, int]:
+        """Attempts in a row without a usable answer, by the key's fingerprint."""
+        return {lane.key: lane.failures for lane in self.lanes}
+
 
 class Forwarder:
     """Sends what the spool holds.

@@ -65,8 +65,8 @@ CREATE TABLE segment (
     PRIMARY KEY (window_id, address)) WITHOUT ROWID;
 CREATE TABLE body (id INTEGER PRIMARY KEY, deflated BLOB NOT NULL);
 CREATE TABLE batch (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, window_id INTEGER NOT NULL, address INTEGER NOT NULL,
-    last_address INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL,
+    id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, window_id INTEGER NOT NULL,
+    address INTEGER NOT NULL, last_address INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL,
     is_final INTEGER NOT NULL, events INTEGER NOT NULL, sealed_at REAL NOT NULL, parked TEXT);
 CREATE INDEX batch_session ON batch (session_id);
 CREATE TABLE attempt (key_id INTEGER NOT NULL, at REAL NOT NULL);

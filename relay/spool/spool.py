@@ -72,6 +72,11 @@ class SpoolStatistics(msgspec.Struct, frozen=True):
     refusal: str
     """Why new batches are refused now; empty while they are not."""
 
+    @property
+    def is_refusing(self) -> bool:
+        """Whether new batches are refused."""
+        return bool(self.refusal)
+
 
 class _Group:
     """Steps that share a commit."""
@@ -195,14 +200,17 @@ class Spool:
             raise SpoolUnavailable(f"the disk refused a read: {error}") from error
         batches = {is_parked: (events, count) for is_parked, events, count in rows}
         sealed, parked = batches.get(0, (0, 0)), batches.get(1, (0, 0))
+        gone = counters["delivered"] + counters["dead_lettered"] + counters["purged"] + counters["shed"]
         return Account(
             **counters,
             pending=spooled - sealed[0] - parked[0],
             sealed=sealed[0],
             parked=parked[0],
-            pending_segments=segments,
+            segments=segments,
             parked_batches=parked[1],
-            oldest_at=oldest_at,
+            lag_seconds=0.0 if oldest_at is None else max(0.0, self._now() - oldest_at),
+            spooled=spooled,
+            is_balanced=counters["accepted"] == gone + spooled,
         )
 
     def statistics(self) -> SpoolStatistics:

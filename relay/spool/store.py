@@ -60,7 +60,7 @@ class Store:
         self._windows: OrderedDict[tuple[str, str, str], tuple[int, int, int]] = OrderedDict()
         self._envelopes: OrderedDict[tuple[int, bytes], int] = OrderedDict()
         self._deltas: dict[str, int] = {}
-        self._next_body = self._one("SELECT coalesce(max(id), 0) + 1 FROM body")
+        self._next_body: int = self._one("SELECT coalesce(max(id), 0) + 1 FROM body")
 
     def _all(self, sql: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self._db.execute(sql, bindings).fetchall()
@@ -127,8 +127,7 @@ class Store:
     def used_bytes(self) -> int:
         """Return the bytes of pages in use; those of the file that wait for re-use are not counted."""
         pages: int = self._db.pragma("page_count") - self._db.pragma("freelist_count")
-        page_bytes: int = self._db.pragma("page_size")
-        return pages * page_bytes
+        return pages * int(self._db.pragma("page_size"))
 
     def free_bytes(self) -> int:
         """Return what the file system has left for us, pages waiting for re-use included."""
@@ -220,8 +219,7 @@ class Store:
 
     def _insert(self, sql: str, *bindings: Any) -> int:
         self._db.execute(sql, bindings)
-        row_id: int = self._db.last_insert_rowid()
-        return row_id
+        return int(self._db.last_insert_rowid())
 
     def _add_body(self, deflated: bytes) -> int:
         body_id = self._next_body

@@ -143,19 +143,13 @@ class Account(msgspec.Struct, frozen=True):
     """Spooled, in a sealed batch on its way."""
     parked: int
     """Spooled, in a sealed batch that upstream refused as it is."""
-    pending_segments: int
+    segments: int
     """Segments of all spooled events."""
     parked_batches: int
     """Batches of `parked`."""
-    oldest_at: float | None
-    """Wall clock of the oldest spooled event's acceptance."""
-
-    @property
-    def spooled(self) -> int:
-        """Events in the spool, in whatever state."""
-        return self.pending + self.sealed + self.parked
-
-    @property
-    def is_balanced(self) -> bool:
-        """Whether law 2 holds."""
-        return self.accepted == self.delivered + self.spooled + self.dead_lettered + self.purged + self.shed
+    lag_seconds: float
+    """Age of the oldest spooled event; 0 where nothing is spooled."""
+    spooled: int
+    """`pending`, `sealed` and `parked` together, as counted on the disk."""
+    is_balanced: bool
+    """Whether law 2 holds: accepted = delivered + spooled + dead_lettered + purged + shed."""

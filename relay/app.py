@@ -1,0 +1,273 @@
+"""The composition root: constructs every component, and orders start and stop.
+
+Start: spool (with what an earlier run left), admin listener, forwarder (reads what is to be sent), relay listener.
+
+Stop: not ready; accept no more; finish the requests in hand; finish the deliveries in flight, not the backlog; close
+the spool. All of it within `shutdown.deadline_seconds`: what is in the spool is safe, so waiting is a courtesy to
+clients and upstream, and the deadline holds even where a library does not let go.
+"""
+
+from __future__ import annotations
+
+import os
+import random  # noqa: TID251 - the one generator, handed to whoever needs chance
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+import trio
+
+import relay
+from relay.clock import wall_clock
+from relay.config import Config
+from relay.errors import ConfigError, SpoolError
+from relay.exit_codes import ExitCode
+from relay.forward.forwarder import Forwarder
+from relay.forward.lane import Client, Clocks
+from relay.http.asgi import serve_asgi
+from relay.http.client import HttpClient
+from relay.http.listener import HttpListener, open_listeners
+from relay.http.router import Router
+from relay.intake.intake import BUCKETS_SECONDS, Intake
+from relay.ops.admin import Admin
+from relay.ops.logs import configure_logging
+from relay.ops.process import process_statistics
+from relay.protocol.cut import Limits
+from relay.spool.spool import Run, Spool, open_spool, run_in_thread
+
+_SOFT_SHARE = 0.8
+"""Of the deadline: then whatever still waits is cancelled, which leaves time to close the spool in order."""
+
+log = structlog.get_logger()
+
+
+class Addresses(msgspec.Struct, frozen=True):
+    """Where a started relay listens."""
+
+    relay: list[str]
+    """Base URLs of ingest and data API."""
+    admin: list[str]
+    """Base URLs of the admin listener."""
+
+
+class Relay:
+    """One relay: its components, and what they say of themselves.
+
+    Args:
+        config: A checked configuration.
+        spool: Open.
+        client: For the ingest API.
+        clocks: Time and chance.
+    """
+
+    def __init__(self, config: Config, spool: Spool, client: HttpClient | Client, clocks: Clocks) -> None:
+        self._config = config
+        self._spool = spool
+        self._client = client
+        self._state = "starting"
+        self._started_at = clocks.wall()
+        self._addresses = Addresses([], [])
+        self._intake = Intake(config, spool, clocks.wall, clocks.monotonic)
+        self._forwarder = Forwarder(config, spool, client, clocks)
+        self._listener = HttpListener(
+            Router([self._intake.route()]),
+            config.listen,
+            retry_after_seconds=config.intake.retry_after_seconds,
+        )
+        self._admin = Admin(self, BUCKETS_SECONDS)
+
+    # -- what the admin listener asks (`ops.admin.Observed`)
+
+    async def statistics(self) -> Mapping[str, Any]:
+        """Return the components' statistics by source."""
+        return {
+            "account": await self._spool.account(),
+            "spool": self._spool.statistics(),
+            "intake": self._intake.statistics(),
+            "forward": self._forwarder.statistics(),
+            "listener": self._listener.statistics(),
+            **({"client": self._client.statistics()} if isinstance(self._client, HttpClient) else {}),
+            "process": process_statistics(self._started_at),
+        }
+
+    def not_ready(self) -> Sequence[str]:
+        """Return why no batches are accepted now."""
+        reasons = [] if self._state == "running" else [f"the relay is {self._state}"]
+        if self._spool.refusal:
+            reasons.append(self._spool.refusal)
+        return reasons
+
+    def warnings(self) -> Sequence[str]:
+        """Return what an operator should look at."""
+        statistics = self._forwarder.statistics()
+        warnings = []
+        for lane in statistics.lanes:
+            if lane.state == "held":
+                warnings.append(f"upstream refuses {lane.key}: its batches wait in the spool")
+            elif lane.state == "probing":
+                warnings.append(f"upstream does not answer {lane.key}: {lane.failures} failures in a row")
+        if statistics.batches_parked:
+            warnings.append(f"upstream refused {statistics.batches_parked} batches as sent; they stay in the spool")
+        if statistics.attempt_errors:
+            warnings.append(f"{statistics.attempt_errors} deliveries failed by an error of the relay; see the log")
+        return warnings
+
+    def identity(self) -> Mapping[str, Any]:
+        """Return what this process is."""
+        return {
+            "version": relay.__version__,
+            "process_id": os.getpid(),
+            "state": self._state,
+            "listening": msgspec.to_builtins(self._addresses),
+            "upstream": self._config.upstream.ingest_url,
+            "spool_directory": self._config.spool.directory,
+        }
+
+    # -- its life
+
+    async def run(
+        self, shutdown: trio.Event, *, task_status: trio.TaskStatus[Addresses] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Serve until `shutdown` is set, then stop in order.
+
+        Raises:
+            OSError: An address cannot be listened on.
+        """
+        listeners = await open_listeners(self._config.listen.relay)
+        end_admin = trio.Event()
+        async with trio.open_nursery() as admin:
+            admin_urls: list[str] = await admin.start(
+                lambda *, task_status: serve_asgi(
+                    Router(self._admin.routes()), self._config.listen.admin, shutdown=end_admin, task_status=task_status
+                )
+            )
+            async with trio.open_nursery() as forwarding:
+                await forwarding.start(self._forwarder.run)
+                async with trio.open_nursery() as serving:
+                    await serving.start(self._listener.run, listeners)
+                    hosts = [listener.socket.getsockname() for listener in listeners]
+                    self._addresses = Addresses([_url(*host[:2]) for host in hosts], admin_urls)
+                    self._state = "running"
+                    log.info("relay listening", urls=" ".join(self._addresses.relay))
+                    log.info("admin listening", urls=" ".join(self._addresses.admin))
+                    task_status.started(self._addresses)
+                    await shutdown.wait()
+                    self._state = "stopping"
+                    log.info("stopping", in_flight=self._forwarder.statistics().in_flight)
+                    deadline = trio.current_time() + self._config.shutdown.deadline_seconds * _SOFT_SHARE
+                    for nursery in (serving, forwarding, admin):
+                        nursery.cancel_scope.deadline = deadline
+                    self._listener.stop()
+                self._forwarder.stop()
+            end_admin.set()
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(
+    config: Config,
+    shutdown: trio.Event,
+    *,
+    client: Client | None = None,
+    clocks: Clocks | None = None,
+    run: Run = run_in_thread,
+    task_status: trio.TaskStatus[Relay] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Open the spool and run a relay until `shutdown` is set.
+
+    Args:
+        config: A checked configuration.
+        shutdown: Ends it in order.
+        client: Takes the place of the HTTP client to the ingest API.
+        clocks: Take the place of the system's.
+        run: Runs the spool's blocking calls; inline for tests on virtual time.
+        task_status: Started with the relay once it serves.
+
+    Raises:
+        SpoolError: The spool cannot be opened.
+        ConfigError: An option cannot be used after all, such as an unreadable `upstream.ca_file`.
+        OSError: An address cannot be listened on.
+    """
+    clocks = clocks or Clocks(trio.current_time, wall_clock, random.Random().random)  # noqa: S311 - jitter
+    limits = Limits(config.batch.max_events, config.batch.max_bytes)
+    upstream = client or HttpClient(config.upstream.ingest_url, config.upstream)
+    try:
+        async with open_spool(config.spool, limits, config.keys.max_keys, now=clocks.wall, run=run) as spool:
+            started = Relay(config, spool, upstream, clocks)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(started.run, shutdown)
+                task_status.started(started)
+    finally:
+        if isinstance(upstream, HttpClient):
+            await upstream.aclose()
+
+
+def run_relay(config: Config) -> int:
+    """Run the daemon until SIGTERM or SIGINT; a second signal ends it at once.
+
+    Returns:
+        The process's exit code (see `ExitCode`).
+    """
+    configure_logging(config.log)
+    log.info("starting", version=relay.__version__, process_id=os.getpid(), spool=config.spool.directory)
+    code = ExitCode.OK
+    try:
+        trio.run(_serve_until_signal, config)
+    except* ConfigError as group:
+        code = _fail(ExitCode.CONFIGURATION, group)
+    except* SpoolError as group:
+        code = _fail(ExitCode.SPOOL, group)
+    except* OSError as group:
+        code = _fail(ExitCode.CANNOT_LISTEN, group)
+    if code == ExitCode.OK:
+        log.info("stopped")
+    return code
+
+
+async def _serve_until_signal(config: Config) -> None:
+    shutdown = trio.Event()
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await nursery.start(_await_signals, signals, shutdown, config.shutdown.deadline_seconds)
+            await serve(config, shutdown)
+        nursery.cancel_scope.cancel()
+
+
+async def _await_signals(
+    signals: Any, shutdown: trio.Event, deadline_seconds: float, *, task_status: trio.TaskStatus[None]
+) -> None:
+    """Ask for an orderly end at the first signal, and see that it comes."""
+    task_status.started()
+    async for number in signals:
+        if shutdown.is_set():
+            log.warning("stopped by a second signal; what was accepted is in the spool")
+            os._exit(ExitCode.OK)
+        log.info("signal received", signal=signal.Signals(number).name, deadline_seconds=deadline_seconds)
+        # A thread, since the deadline must hold even where trio is kept from running anything.
+        timer = threading.Timer(deadline_seconds, _end_at_deadline)
+        timer.daemon = True
+        timer.start()
+        shutdown.set()
+
+
+def _end_at_deadline() -> None:
+    log.warning("stopped at the deadline; what was accepted is in the spool")
+    os._exit(ExitCode.OK)
+
+
+def _fail(code: ExitCode, group: BaseExceptionGroup[Exception]) -> ExitCode:
+    for error in _leaves(group):
+        log.error("cannot run", problem=str(error))
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[Exception]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves

@@ -1,0 +1,1 @@
+"""The demonstration: relay, stand-in upstream and recorded sessions in one command."""

@@ -1,0 +1,54 @@
+"""The metrics in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+
+from relay.telemetry import METRICS, PREFIX, Metric
+
+CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
+"""The text format that every scraper reads."""
+
+
+class _Collector:
+    def __init__(self, sources: Mapping[str, Any], buckets: Sequence[float]) -> None:
+        self._sources = sources
+        self._buckets = buckets
+
+    def collect(self) -> Iterator[Family]:
+        for metric in METRICS:
+            yield _family(metric, self._sources[metric.source], self._buckets)
+
+
+def _family(metric: Metric, statistics: Any, buckets: Sequence[float]) -> Family:
+    name = PREFIX + metric.name
+    value = getattr(statistics, metric.field)
+    if metric.kind == "histogram":
+        histogram = HistogramMetricFamily(name, metric.help)
+        bounds = [*map(str, buckets), "+Inf"]
+        running = [sum(value[: index + 1]) for index in range(len(bounds))]
+        total = getattr(statistics, f"{metric.field}_sum")
+        histogram.add_metric([], list(zip(bounds, running, strict=True)), sum_value=total)
+        return histogram
+    kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+    family = kind(name, metric.help, labels=[metric.label] if metric.label else [])
+    for label, sample in value.items() if metric.label else [("", value)]:
+        family.add_metric([str(label)] if metric.label else [], sample)
+    return family
+
+
+def expose(sources: Mapping[str, Any], buckets: Sequence[float]) -> bytes:
+    """Return the exposition.
+
+    Args:
+        sources: The components' statistics, by the names that `telemetry.Metric.source` uses.
+        buckets: Upper bounds of the acknowledgement histogram, seconds.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Collector(sources, buckets))
+    return generate_latest(registry)

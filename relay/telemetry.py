@@ -1,0 +1,108 @@
+"""Every metric of the relay, declared once.
+
+A metric is a field of a component's `statistics()`: `source` names the component, `field` the field. What is a
+mapping there becomes one sample an entry, with the key as `label`. The exposition and the table in the operations
+manual are made from these declarations; a test holds both against the running relay.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+PREFIX = "lucent_relay_"
+"""Of every name."""
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One metric."""
+
+    name: str
+    """Without the prefix; the unit before `_total`."""
+    kind: Literal["counter", "gauge", "histogram"]
+    """As Prometheus has it."""
+    help: str
+    """One sentence."""
+    source: Literal["account", "spool", "intake", "forward", "listener", "client", "process"]
+    """The component."""
+    field: str
+    """Of its statistics; for a histogram the list of counts, with the sum in `<field>_sum`."""
+    label: str = ""
+    """What the keys of a mapping are."""
+
+
+METRICS = (
+    # The conservation account: accepted = delivered + pending + sealed + parked + dead_lettered + purged + shed.
+    Metric("events_accepted_total", "counter", "Events answered 200, ever, in this spool.", "account", "accepted"),
+    Metric("events_delivered_total", "counter", "Events that upstream has taken.", "account", "delivered"),
+    Metric("events_dead_lettered_total", "counter", "Events upstream refused for good.", "account", "dead_lettered"),
+    Metric("events_purged_total", "counter", "Events removed by an operator.", "account", "purged"),
+    Metric("events_shed_total", "counter", "Events dropped by the overflow policy.", "account", "shed"),
+    Metric("spool_pending_events", "gauge", "Spooled events in no sealed batch.", "account", "pending"),
+    Metric("spool_sealed_events", "gauge", "Spooled events in a sealed batch on its way.", "account", "sealed"),
+    Metric("spool_parked_events", "gauge", "Spooled events upstream refused as sent.", "account", "parked"),
+    Metric(
+        "spool_parked_batches", "gauge", "Sealed batches that upstream refused as sent.", "account", "parked_batches"
+    ),
+    Metric("spool_segments", "gauge", "Segments in the spool.", "account", "segments"),
+    Metric("spool_lag_seconds", "gauge", "Age of the oldest spooled event.", "account", "lag_seconds"),
+    # The disk.
+    Metric("spool_used_bytes", "gauge", "Bytes of the database in use.", "spool", "used_bytes"),
+    Metric("spool_free_bytes", "gauge", "Bytes left on the file system.", "spool", "free_bytes"),
+    Metric("spool_commits_total", "counter", "Group commits.", "spool", "commits"),
+    Metric("spool_steps_total", "counter", "Steps that shared them.", "spool", "steps"),
+    Metric("spool_failed_commits_total", "counter", "Group commits that the disk refused.", "spool", "failed_commits"),
+    Metric(
+        "spool_marks_forgotten_total", "counter", "Client batches no longer remembered.", "spool", "marks_forgotten"
+    ),
+    Metric("spool_refusing", "gauge", "1 while new batches are refused for the disk's sake.", "spool", "is_refusing"),
+    # Intake.
+    Metric("batches_accepted_total", "counter", "Client batches stored.", "intake", "batches_accepted"),
+    Metric("batches_repeated_total", "counter", "Client batches recognised as stored.", "intake", "batches_repeated"),
+    Metric("batches_refused_total", "counter", "Client batches refused.", "intake", "refused_by_status", "status"),
+    Metric("intake_events_total", "counter", "Events accepted by this process.", "intake", "events_accepted"),
+    Metric("intake_wire_bytes_total", "counter", "Accepted bodies as received.", "intake", "wire_bytes"),
+    Metric("intake_decoded_bytes_total", "counter", "Accepted bodies as JSON.", "intake", "decoded_bytes"),
+    Metric("intake_segments_total", "counter", "Runs that accepted batches were cut into.", "intake", "segments"),
+    Metric("intake_segment_bytes_total", "counter", "These runs, compressed.", "intake", "segment_bytes"),
+    Metric("ack_seconds", "histogram", "Complete body to durable batch.", "intake", "ack_seconds"),
+    # Forwarding.
+    Metric("attempts_total", "counter", "Requests to upstream.", "forward", "attempts_by_verdict", "verdict"),
+    Metric("batches_sealed_total", "counter", "Upstream batches cut.", "forward", "batches_by_reason", "reason"),
+    Metric("batches_delivered_total", "counter", "Upstream batches delivered.", "forward", "batches_delivered"),
+    Metric("forward_events_total", "counter", "Events delivered by this process.", "forward", "events_delivered"),
+    Metric("forward_segments_total", "counter", "Segments merged into them.", "forward", "segments_delivered"),
+    Metric("batches_parked_total", "counter", "Upstream batches refused as sent.", "forward", "batches_parked"),
+    Metric("forward_bytes_total", "counter", "Bodies sent to upstream, retries included.", "forward", "bytes_sent"),
+    Metric("attempt_errors_total", "counter", "Deliveries that failed by our own error.", "forward", "attempt_errors"),
+    Metric("forward_in_flight", "gauge", "Requests to upstream under way.", "forward", "in_flight"),
+    Metric("forward_pending_windows", "gauge", "Windows to be sent, in memory.", "forward", "pending_windows"),
+    Metric("budget_used", "gauge", "Occupied slots of a key's budget.", "forward", "budget_used_by_key", "key"),
+    Metric("lane_failures", "gauge", "Failed attempts of a key in a row.", "forward", "failures_by_key", "key"),
+    # Client connections.
+    Metric("connections_open", "gauge", "Client connections.", "listener", "open_connections"),
+    Metric("connections_total", "counter", "Client connections accepted.", "listener", "connections_total"),
+    Metric("connections_refused_total", "counter", "Those too many.", "listener", "refused_connections_total"),
+    Metric("accept_errors_total", "counter", "Failed accepts.", "listener", "accept_errors_total"),
+    Metric("requests_total", "counter", "Requests answered.", "listener", "requests_total"),
+    Metric("request_bytes_buffered", "gauge", "Body bytes held.", "listener", "buffered_bytes"),
+    Metric("requests_overloaded_total", "counter", "Bodies too many at once.", "listener", "overloads_total"),
+    Metric("requests_bad_total", "counter", "Requests that were not HTTP.", "listener", "bad_requests_total"),
+    Metric("handler_errors_total", "counter", "Requests failed by our own error.", "listener", "handler_errors_total"),
+    Metric("client_timeouts_total", "counter", "Clients too slow.", "listener", "timeouts_total", "phase"),
+    # Connections to upstream.
+    Metric("upstream_connections_idle", "gauge", "Pooled connections.", "client", "idle_connections"),
+    Metric("upstream_connections_active", "gauge", "Connections in use.", "client", "active_connections"),
+    Metric("upstream_connections_total", "counter", "Connections made.", "client", "connections_opened_total"),
+    Metric("upstream_connect_failures_total", "counter", "Failed ones.", "client", "connect_failures_total"),
+    Metric("upstream_requests_total", "counter", "Requests asked of the client.", "client", "requests_total"),
+    Metric("upstream_reused_total", "counter", "Requests on a pooled connection.", "client", "reused_total"),
+    Metric("upstream_stale_total", "counter", "Pooled connections found closed.", "client", "stale_total"),
+    Metric("upstream_resent_total", "counter", "Requests sent anew for that.", "client", "resent_total"),
+    # The process.
+    Metric("resident_bytes", "gauge", "Memory of the process.", "process", "resident_bytes"),
+    Metric("open_files", "gauge", "File descriptors of the process.", "process", "open_files"),
+    Metric("start_time_seconds", "gauge", "Wall clock of the start.", "process", "started_at"),
+)
+"""All of them; names begin with `PREFIX`."""
