@@ -1,4 +1,4 @@
-"""What is written from the code and held against it: tables of README.md, and config/relay.toml.
+"""What is written from the code and held against it: tables of the manuals, and config/relay.toml.
 
 `make tables` brings them up to date.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from relay.cli import build_parser
 from relay.exit_codes import ExitCode
 from relay.settings.options import options
 from relay.settings.rendering import render_defaults
+from relay.telemetry import METRICS, PREFIX
 
 CHECKOUT = Path(__file__).parents[2]
 README = CHECKOUT / "README.md"
+OPERATIONS = CHECKOUT / "config" / "README.md"
 CONFIGURATION = CHECKOUT / "config" / "relay.toml"
 
 
@@ -38,8 +40,19 @@ def command_table() -> str:
     return table(("command", "does"), rows)
 
 
-TABLES = {"commands": command_table, "options": option_table, "exit-codes": exit_code_table}
-"""What stands between `<!-- name -->` and `<!-- /name -->`, by name."""
+def metric_table() -> str:
+    """Return the table of all metrics."""
+    rows = ((f"`{PREFIX}{m.name}`", m.kind, f"`{m.label}`" if m.label else "", m.help) for m in METRICS)
+    return table(("metric", "kind", "label", "meaning"), rows)
+
+
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "commands": (README, command_table),
+    "options": (README, option_table),
+    "exit-codes": (README, exit_code_table),
+    "metrics": (OPERATIONS, metric_table),
+}
+"""What stands between `<!-- name -->` and `<!-- /name -->`, and in which manual."""
 
 
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -54,17 +67,14 @@ def section(text: str, name: str) -> str | None:
     return found[1] if found else None
 
 
-def updated(text: str) -> str:
-    """Return the text with every table replaced by the current one."""
-    for name, render in TABLES.items():
-        current = section(text, name)
-        if current is not None:
-            text = text.replace(
-                f"<!-- {name} -->\n{current}<!-- /{name} -->", f"<!-- {name} -->\n{render()}<!-- /{name} -->"
-            )
-    return text
+def update(manual: Path, name: str, current: str) -> None:
+    """Write a table into its manual."""
+    text = manual.read_text(encoding="utf-8")
+    old = f"<!-- {name} -->\n{section(text, name)}<!-- /{name} -->"
+    manual.write_text(text.replace(old, f"<!-- {name} -->\n{current}<!-- /{name} -->"), encoding="utf-8")
 
 
 if __name__ == "__main__":
     CONFIGURATION.write_text(render_defaults(), encoding="utf-8")
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for table_name, (document, render) in TABLES.items():
+        update(document, table_name, render())
