@@ -86,7 +86,7 @@ class Exchange(msgspec.Struct, gc=False):
     """True for a client that must be told that the connection stays open."""
 
 
-class _Refused(Exception):  # noqa: N818 - leaves llhttp from within a callback, never leaves this module
+class _Refused(Exception):
     """The request being read is answered as it stands, and is the connection's last."""
 
     def __init__(self, response: Response) -> None:
@@ -98,7 +98,7 @@ class _Malformed(_Refused):
     """The framing of the request cannot be trusted, or its head is over a limit."""
 
 
-class _Complete(Exception):  # noqa: N818 - as above
+class _Complete(Exception):
     """The connection's last request is complete; what follows is not parsed."""
 
 
@@ -187,10 +187,14 @@ class RequestParser:
         self._feed_bytes = len(data)
         before = self._exchange
         try:
-            try:
-                self._parser.feed_data(data)
-            except httptools.HttpParserUpgrade as upgrade:
-                self._ignore_upgrade(data[upgrade.args[0] :])
+            unparsed = self._parse(data)
+            if unparsed is not None:
+                # An upgrade is declined by not answering it (RFC 9110, 7.8), but llhttp takes what follows for another
+                # protocol: so the head is read once more, without its upgrade and as the connection's last.
+                replayed = self._without_upgrade + unparsed
+                self._feed_bytes = len(replayed)
+                self._parser = httptools.HttpRequestParser(self)
+                self._parse(replayed)
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
             if isinstance(cause, _Refused):
@@ -255,16 +259,13 @@ class RequestParser:
         self.abandon(HANG_UP)
         return Exchange(Request("", "", b"", {}), handler=fail, close=True)
 
-    def _ignore_upgrade(self, rest: bytes | bytearray) -> None:
-        """Decline an upgrade by not answering it (RFC 9110, 7.8).
-
-        llhttp takes what follows for another protocol. So the head is read once more, without its upgrade and as
-        the connection's last.
-        """
-        replayed = self._without_upgrade + rest
-        self._feed_bytes = len(replayed)
-        self._parser = httptools.HttpRequestParser(self)
-        self._parser.feed_data(replayed)
+    def _parse(self, data: bytes | bytearray) -> bytes | bytearray | None:
+        """Feed llhttp; return what it left because the client asked for an upgrade."""
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            return data[upgrade.args[0] :]
+        return None
 
     # Callbacks of httptools, in the order of a request.
 

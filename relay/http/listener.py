@@ -342,6 +342,8 @@ class HttpListener:
             if exchanges and await self._answer(client, exchanges):
                 break
             if parser.progress is Progress.BOUNDARY:
+                if self._is_stopping:  # since the last answer was made
+                    return
                 client.phase, client.deadline = Phase.IDLE, trio.current_time() + idle_seconds
             else:
                 await self._await_more(client, len(data))
