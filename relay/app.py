@@ -36,7 +36,7 @@ from relay.ops.admin import Admin
 from relay.ops.logs import configure_logging
 from relay.ops.process import process_statistics
 from relay.protocol.cut import Limits
-from relay.spool.spool import Run, Spool, open_spool, run_in_thread
+from relay.spool.spool import Run, Spool, open_spool
 
 _SOFT_SHARE = 0.8
 """Of the deadline: then whatever still waits is cancelled, which leaves time to close the spool in order."""
@@ -100,19 +100,21 @@ class Relay:
             reasons.append(self._spool.refusal)
         return reasons
 
-    def warnings(self) -> Sequence[str]:
-        """Return what an operator should look at."""
-        statistics = self._forwarder.statistics()
+    def warnings(self, sources: Mapping[str, Any]) -> Sequence[str]:
+        """Return what an operator should look at, going by the statistics."""
+        account, forward = sources["account"], sources["forward"]
         warnings = []
-        for lane in statistics.lanes:
+        for lane in forward.lanes:
             if lane.state == "held":
                 warnings.append(f"upstream refuses {lane.key}: its batches wait in the spool")
             elif lane.state == "probing":
                 warnings.append(f"upstream does not answer {lane.key}: {lane.failures} failures in a row")
-        if statistics.batches_parked:
-            warnings.append(f"upstream refused {statistics.batches_parked} batches as sent; they stay in the spool")
-        if statistics.attempt_errors:
-            warnings.append(f"{statistics.attempt_errors} deliveries failed by an error of the relay; see the log")
+        if account.parked_batches:
+            warnings.append(f"upstream refused {account.parked_batches} batches as sent; they stay in the spool")
+        if forward.attempt_errors:
+            warnings.append(f"{forward.attempt_errors} deliveries failed by an error of the relay; see the log")
+        if not account.is_balanced:
+            warnings.append("the account does not add up: this is a defect of the relay, please report it")
         return warnings
 
     def identity(self) -> Mapping[str, Any]:
@@ -175,7 +177,7 @@ async def serve(
     *,
     client: Client | None = None,
     clocks: Clocks | None = None,
-    run: Run = run_in_thread,
+    run: Run | None = None,
     task_status: trio.TaskStatus[Relay] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Open the spool and run a relay until `shutdown` is set.

@@ -37,6 +37,9 @@ INGEST_TARGET = "/api/sdk/replay"
 _DISK_RETRY_SECONDS = 1.0
 """Pause after the disk refused a step; as often as the spool itself looks whether it works again."""
 
+_IN_TRANSIT_SECONDS = 5.0
+"""How long after its beginning a send of an earlier run may have reached upstream; its end was not recorded."""
+
 _REPLY_EXCERPT_BYTES = 300
 """Of an upstream answer, in a log line or beside a parked batch."""
 
@@ -174,7 +177,8 @@ class Lane:
 
     def restore_attempt(self, at: float) -> None:
         """Count a send of an earlier run, by the wall clock of its beginning."""
-        self._budget.restore(self._clocks.from_wall(at))
+        ended_at = self._clocks.from_wall(at) + _IN_TRANSIT_SECONDS
+        self._budget.restore(min(ended_at, self._clocks.monotonic()))
 
     @property
     def pending_windows(self) -> int:

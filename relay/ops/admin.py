@@ -27,8 +27,8 @@ class Observed(Protocol):
     def not_ready(self) -> Sequence[str]:
         """Return why no batches are accepted now; empty while they are."""
 
-    def warnings(self) -> Sequence[str]:
-        """Return what an operator should look at although batches are accepted."""
+    def warnings(self, sources: Mapping[str, Any]) -> Sequence[str]:
+        """Return what an operator should look at although batches are accepted, going by the statistics."""
 
     def identity(self) -> Mapping[str, Any]:
         """Return version, process id, start, state and addresses."""
@@ -76,16 +76,12 @@ class Admin:
     async def status(self, _request: Request) -> Response:
         """Answer with everything an operator asks first."""
         reasons = list(self._observed.not_ready())
-        value: dict[str, Any] = {
-            **self._observed.identity(),
-            "ready": not reasons,
-            "reasons": reasons,
-            "warnings": list(self._observed.warnings()),
-        }
+        value: dict[str, Any] = {**self._observed.identity(), "ready": not reasons, "reasons": reasons}
         try:
             sources = await self._observed.statistics()
         except SpoolUnavailable as error:
-            value["warnings"].append(str(error))
+            value["warnings"] = [str(error)]
         else:
+            value["warnings"] = list(self._observed.warnings(sources))
             value |= {name: msgspec.to_builtins(statistics, str_keys=True) for name, statistics in sources.items()}
         return json_response(200, value)

@@ -49,9 +49,18 @@ _ATTEMPT_SECONDS = 120.0
 log = structlog.get_logger()
 
 
-async def run_in_thread(call: Callable[[], Any]) -> Any:
-    """Run a blocking call in a worker thread, to its end."""
-    return await trio.to_thread.run_sync(call)
+def run_in_threads() -> Run:
+    """Return what runs the spool's blocking calls in worker threads, to their end.
+
+    The writer and one reader have places of their own: trio's common ones can all be taken, by DNS look-ups that
+    hang for instance, and a commit must not wait for those.
+    """
+    limiter = trio.CapacityLimiter(2)
+
+    async def run(call: Callable[[], Any]) -> Any:
+        return await trio.to_thread.run_sync(call, limiter=limiter)
+
+    return run
 
 
 class SpoolStatistics(msgspec.Struct, frozen=True):
@@ -314,7 +323,7 @@ async def open_spool(
     max_keys: int,
     *,
     now: Callable[[], float],
-    run: Run = run_in_thread,
+    run: Run | None = None,
     vfs: str | None = None,
 ) -> AsyncIterator[Spool]:
     """Open the spool, with everything that an earlier run left in it.
@@ -324,7 +333,7 @@ async def open_spool(
         limits: Of an upstream batch.
         max_keys: Distinct keys kept at a time.
         now: The wall clock.
-        run: Runs blocking calls; inline for tests on virtual time.
+        run: Runs blocking calls; threads of the spool's own by default, inline for tests on virtual time.
         vfs: A SQLite VFS, for tests of failing disks.
 
     Raises:
@@ -342,7 +351,7 @@ async def open_spool(
             reader = schema.open_reader(path, vfs)
             try:
                 async with trio.open_nursery() as nursery:
-                    spool = Spool(store, reader, settings, run, now)
+                    spool = Spool(store, reader, settings, run or run_in_threads(), now)
                     nursery.start_soon(spool.commit_groups)
                     nursery.start_soon(spool.keep_house)
                     try:

@@ -429,7 +429,9 @@ class Store:
             attempts_before: Attempts that began earlier than this go.
 
         Returns:
-            The number of marks forgotten. Marks of a session with events in the spool stay.
+            The number of marks forgotten. By age a session's marks go together, once it is quiet: as long as it sends,
+            another of its windows may use an old sequence, whose addresses must not be given out twice. Marks of a
+            session with events in the spool stay.
         """
         self._db.execute("DELETE FROM attempt WHERE at < ?", (attempts_before,))
         beyond = self._one("SELECT coalesce(max(id), 0) FROM mark") - max_marks
@@ -439,15 +441,22 @@ class Store:
         )
         old = [row for row in rows if row[2] < before or row[0] <= beyond]
         self._prune_after = old[-1][0] if len(old) == _PRUNE_STEP else 0
+        is_live = {session_id: self._is_live(session_id, before) for _, session_id, _ in old}
+        is_spooled = {session_id: self._is_spooled(session_id) for _, session_id, _ in old}
         forgotten = 0
         for mark_id, session_id, _ in old:
-            if self._is_spooled(session_id):
+            if is_spooled[session_id] or (is_live[session_id] and mark_id > beyond):
                 continue
             self._db.execute("DELETE FROM mark WHERE id = ?", (mark_id,))
             forgotten += 1
             if self._one("SELECT 1 FROM mark WHERE session_id = ? LIMIT 1", (session_id,)) is None:
                 self._forget_session(session_id)
         return forgotten
+
+    def _is_live(self, session_id: int, since: float) -> bool:
+        """Return whether anything of the session was accepted since then."""
+        found = self._one("SELECT 1 FROM mark WHERE session_id = ? AND accepted_at >= ? LIMIT 1", (session_id, since))
+        return found is not None
 
     def _is_spooled(self, session_id: int) -> bool:
         found = self._one(
