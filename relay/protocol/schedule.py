@@ -135,10 +135,11 @@ class Schedule:
         window.events_bytes -= events_bytes
         window.finals -= finals
         session.finals -= finals
-        if window.events <= 0:
-            del self._windows[window_id], session.windows[window_id]
-        elif next_oldest_at is not None:
+        if next_oldest_at is not None:
             window.oldest_at = next_oldest_at
+            window.events = max(window.events, 1)  # the spool knows better than the count
+        elif window.events <= 0:
+            del self._windows[window_id], session.windows[window_id]
 
     def retry_at(self, session_id: int, batch_id: int, at: float) -> None:
         """Let a sealed batch be sent again from `at` on; nothing else of its session goes before."""
