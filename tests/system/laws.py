@@ -1,0 +1,94 @@
+"""The laws, held against the daemon's account, the sandbox's memory and the clients' record."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import trio
+
+from tests.system.daemon import Sandbox, Site
+from tests.system.traffic import Sent
+
+CONCURRENT_QUESTIONS = 8
+"""Sessions asked of the sandbox at a time."""
+
+
+async def assert_accounted(site: Site, *, is_drained: bool = True, seconds: float = 30.0) -> None:
+    """Assert that every event is where the account says, and nowhere twice.
+
+    Args:
+        site: With a relay that runs.
+        is_drained: Wait until nothing is spooled, then expect all events upstream; else what is upstream may be any
+            beginning of each window.
+        seconds: Patience with the draining.
+    """
+    status = await (site.relay.drained(seconds) if is_drained else site.relay.status())
+    account = status["account"]
+    gone = account["delivered"] + account["dead_lettered"] + account["purged"] + account["shed"]
+    assert account["accepted"] == gone + account["spooled"], account
+    assert account["is_balanced"], account
+    assert account["accepted"] == site.sent.events, account
+    assert (account["dead_lettered"], account["purged"], account["shed"]) == (0, 0, 0), account
+    report = await site.sandbox.report()
+    assert_unspoiled(report)
+    if is_drained:
+        assert (account["delivered"], report["events"]) == (site.sent.events, site.sent.events)
+    assert account["delivered"] <= report["events"] <= account["delivered"] + account["sealed"]
+    await assert_content(site.sandbox, site.sent, is_complete=is_drained)
+
+
+def assert_unspoiled(report: dict[str, Any]) -> None:
+    """Assert that upstream was given nothing that it would refuse, contradict or come too late for."""
+    assert set(report["violations"].values()) == {0}, report
+    assert (report["conflicting_batches"], report["after_final_batches"]) == (0, 0), report
+
+
+async def assert_content(sandbox: Sandbox, sent: Sent, *, is_complete: bool) -> None:
+    """Assert that each window upstream has the events that were sent, byte for byte, in order, under their envelope."""
+    sessions = {session for session, _ in sent.windows}
+    arrived: dict[str, dict[str, Any]] = {}
+    limiter = trio.CapacityLimiter(CONCURRENT_QUESTIONS)
+
+    async def learn(session: str) -> None:
+        async with limiter:
+            arrived[session] = await sandbox.session(session)
+
+    async with trio.open_nursery() as nursery:
+        known = sessions if is_complete else {session["id"] for session in await sandbox.sessions()}
+        for session in known:
+            nursery.start_soon(learn, session)
+    for session, found in arrived.items():
+        _assert_order(found["stored"])
+        windows: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for batch in found["stored"]:
+            windows[batch["window_id"]] += [(batch["envelope"], digest) for digest in batch["digests"]]
+        for name in {window for owner, window in sent.windows if owner == session} | windows.keys():
+            expected = expected_events(sent, session, name)
+            if not is_complete:
+                expected = expected[: len(windows[name])]
+            assert windows[name] == expected, (session, name, len(windows[name]), len(expected))
+        if is_complete:
+            is_final = any(
+                batch.is_final
+                for (owner, _), batches in sent.windows.items()
+                if owner == session
+                for batch in batches.values()
+            )
+            assert found["final"] == is_final, session
+
+
+def expected_events(sent: Sent, session: str, window: str) -> list[tuple[str, str]]:
+    """Return envelope and digest of each event of a window, in order."""
+    batches = sent.windows.get((session, window), {})
+    return [entry for _, batch in sorted(batches.items()) for entry in batch.digests()]
+
+
+def _assert_order(stored: list[dict[str, Any]]) -> None:
+    """Assert that each window's batches arrived in order of their numbers, and a final after everything."""
+    last: dict[str, int] = {}
+    for batch in stored:
+        assert batch["order"] > last.get(batch["window_id"], 0), stored
+        last[batch["window_id"]] = batch["order"]
+    latest = max(batch["order"] for batch in stored)
+    assert [batch["order"] for batch in stored if batch["flush"] == "final"] in ([], [latest])
