@@ -20,12 +20,19 @@ from __future__ import annotations
 
 import enum
 import io
-import re
 from typing import Final
 
 import httptools
 import msgspec
 
+from relay.http.head import (
+    Malformed,
+    Refused,
+    check_transfer_coding,
+    check_version_and_host,
+    origin_form,
+    render_without_upgrade,
+)
 from relay.http.message import HANG_UP, Handler, HeaderList, Request, Response, error_response
 from relay.http.router import Router
 
@@ -40,9 +47,6 @@ than a new connection. A larger one is left unread and the connection closed."""
 CHUNK_OVERHEAD: Final = 16
 """Wire bytes that framing may cost for each body byte of a chunked request. One-byte chunks, the worst that a sane
 sender does, cost 5 (`1\\r\\n` and `\\r\\n`); endless extensions and padded sizes are an attack (RFC 9112, 7.1.1)."""
-
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-_ABSOLUTE = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -84,18 +88,6 @@ class Exchange(msgspec.Struct, gc=False):
     """True where the connection ends with this exchange."""
     is_http_1_0: bool = False
     """True for a client that must be told that the connection stays open."""
-
-
-class _Refused(Exception):
-    """The request being read is answered as it stands, and is the connection's last."""
-
-    def __init__(self, response: Response) -> None:
-        self.response = response
-        super().__init__()
-
-
-class _Malformed(_Refused):
-    """The framing of the request cannot be trusted, or its head is over a limit."""
 
 
 class _Complete(Exception):
@@ -197,13 +189,13 @@ class RequestParser:
                 self._parse(replayed)
         except httptools.HttpParserCallbackError as error:
             cause = error.__context__
-            if isinstance(cause, _Refused):
-                self.is_malformed = isinstance(cause, _Malformed)
+            if isinstance(cause, Refused):
+                self.is_malformed = isinstance(cause, Malformed)
                 ready.append(self.abandon(cause.response))
             elif not isinstance(cause, _Complete):
                 ready.append(self._fail(cause or error))
         except httptools.HttpParserError as error:
-            ready.append(self._distrust(error_response(400, f"Malformed HTTP request: {error}")))
+            ready.append(self._distrust(Malformed(str(error))))
         if self.closed:
             return ready
         if self._exchange is not None:
@@ -212,7 +204,7 @@ class RequestParser:
             if self._is_chunked and self._exchange is before:
                 self._wire_bytes += len(data)
                 if self._wire_bytes > self._limits.max_header_bytes + (CHUNK_OVERHEAD + 1) * self._size:
-                    ready.append(self._distrust(error_response(400, "More chunk framing than body")))
+                    ready.append(self._distrust(Malformed("more chunk framing than body")))
         elif self._url or self._headers or not ready:
             self.progress = Progress.HEAD
             # Of a head that began amid this read the share is unknown: it is counted from the next read on.
@@ -224,7 +216,8 @@ class RequestParser:
         return ready
 
     def release(self) -> None:
-        """Forget the bodies of the exchanges returned so far; they are answered."""
+        """Forget the exchanges returned so far, their list included; they are answered."""
+        self._ready.clear()
         self.held_bytes = 0 if self._discards else self._size
 
     def abandon(self, response: Response) -> Exchange:
@@ -246,9 +239,14 @@ class RequestParser:
         self._size = 0
         return exchange
 
-    def _distrust(self, response: Response) -> Exchange:
+    def discard(self) -> None:
+        """Let go of llhttp's object, which refers back here, so that no garbage collector has to find the two."""
+        self.closed = True
+        del self._parser
+
+    def _distrust(self, reason: Malformed) -> Exchange:
         self.is_malformed = True
-        return self.abandon(response)
+        return self.abandon(reason.response)
 
     def _fail(self, cause: BaseException) -> Exchange:
         """Let an exception of `match` or `admit` surface where handlers' exceptions do."""
@@ -289,29 +287,29 @@ class RequestParser:
         headers, self._headers = self._headers, {}
         url, self._url = self._url, b""
         if len(headers) + self._repeats > limits.max_headers:
-            raise _Malformed(error_response(431, f"More than {limits.max_headers} headers"))
+            raise Malformed(f"more than {limits.max_headers} headers", 431)
         self._repeats = 0
         method: bytes = parser.get_method()
         # First an upper bound that nearly always does; only beyond it is it worth adding up.
         if self._carried_bytes + self._feed_bytes > limits.max_header_bytes:
             lines = sum(len(name) + len(value) + 4 for name, value in headers.items())
             if len(method) + len(url) + len("  HTTP/1.1\r\n\r\n") + lines > limits.max_header_bytes:
-                raise _Malformed(self._head_too_large())
+                raise self._head_too_large()
         version: str = parser.get_http_version()
         is_http_1_0 = version != "1.1"
         host = headers.get(b"host")
         if host is None or host != self._host or is_http_1_0:
-            _check_version_and_host(version, host)
+            check_version_and_host(version, host)
             self._host = host or b" "
         if url[:1] != b"/":
-            url = _origin_form(method, url)
+            url = origin_form(method, url)
         if b"#" in url:
-            raise _Malformed(error_response(400, "Malformed HTTP request: fragment in the request target"))
+            raise Malformed("fragment in the request target")
         self._is_chunked = b"transfer-encoding" in headers
         if self._is_chunked:
-            _check_transfer_coding(headers[b"transfer-encoding"], version)
+            check_transfer_coding(headers[b"transfer-encoding"], version)
         if parser.should_upgrade():
-            self._without_upgrade = _render_head(method, url, version, headers)
+            self._without_upgrade = render_without_upgrade(method, url, version, headers)
             return
         path, _, query = url.partition(b"?")
         self._exchange = exchange = Exchange(
@@ -325,7 +323,7 @@ class RequestParser:
         """Take a piece of the body."""
         size = self._size + len(piece)
         if size > self._max_body_bytes:
-            raise _Refused(body_too_large(self._max_body_bytes))
+            raise Refused(body_too_large(self._max_body_bytes))
         self._size = size
         if self._discards:
             return
@@ -347,7 +345,7 @@ class RequestParser:
             return
         if self._headers:
             if len(self._headers) + self._repeats > self._limits.max_headers:
-                raise _Malformed(error_response(431, f"More than {self._limits.max_headers} trailers"))
+                raise Malformed(f"more than {self._limits.max_headers} trailers", 431)
             self._headers = {}
             self._repeats = 0
         if self._first:
@@ -359,8 +357,11 @@ class RequestParser:
         self._size = 0
         self._discards = self.expects_continue = False
         self._ready.append(exchange)
-        if exchange.close or len(self._ready) == MAX_PIPELINED:
-            exchange.close = self.closed = True
+        if exchange.close:
+            self.closed = True
+            raise _Complete
+        if len(self._ready) == MAX_PIPELINED:
+            exchange.close = self.closed = self.is_unread = True
             raise _Complete
 
     # Decisions.
@@ -369,9 +370,9 @@ class RequestParser:
         """Join a header that came before with what it says now."""
         self._repeats += 1
         if name == b"host":
-            raise _Malformed(error_response(400, "More than one Host header"))
+            raise Malformed("more than one Host header")
         if self._repeats > self._limits.max_headers:
-            raise _Malformed(error_response(431, f"More than {self._limits.max_headers} headers"))
+            raise Malformed(f"more than {self._limits.max_headers} headers", 431)
         self._headers[name] += b", " + value.rstrip()
 
     def _decide(self, exchange: Exchange, content_length: int) -> None:
@@ -403,54 +404,15 @@ class RequestParser:
             self.expects_continue = expects_continue
         elif content_length > DRAIN_BYTES or expects_continue:
             # Whether a client that was told to wait sends its body or another request now, nobody can tell.
-            raise _Refused(exchange.response)
+            raise Refused(exchange.response)
         else:
             self._discards = True
             self._max_body_bytes = DRAIN_BYTES
 
-    def _head_too_large(self) -> Response:
-        return error_response(431, f"Request line and headers are over {self._limits.max_header_bytes} bytes")
+    def _head_too_large(self) -> Malformed:
+        return Malformed(f"head over {self._limits.max_header_bytes} bytes", 431)
 
 
 def body_too_large(max_body_bytes: int) -> Response:
     """Return the answer to a body over its route's limit."""
     return error_response(413, f"Request body is over {max_body_bytes} bytes")
-
-
-def _check_version_and_host(version: str, host: bytes | None) -> None:
-    """Refuse what llhttp lets through (RFC 9112, 2.3 and 3.2)."""
-    if version not in {"1.1", "1.0"}:
-        raise _Malformed(error_response(400, f"Malformed HTTP request: version {version}"))
-    if host is None:
-        if version == "1.1":
-            raise _Malformed(error_response(400, "Malformed HTTP request: no Host header"))
-    elif _HOST.fullmatch(host) is None:
-        raise _Malformed(error_response(400, "Malformed HTTP request: invalid Host header"))
-
-
-def _origin_form(method: bytes, url: bytes) -> bytes:
-    """Return path and query of a request target in absolute form (RFC 9112, 3.2); `*` stays as it is."""
-    if url == b"*" and method == b"OPTIONS":
-        return url
-    authority = _ABSOLUTE.match(url)
-    if authority is None:  # the authority form of CONNECT, too
-        raise _Malformed(error_response(400, "Malformed HTTP request: unsupported request target"))
-    target = url[authority.end() :]
-    return target if target[:1] == b"/" else b"/" + target
-
-
-def _check_transfer_coding(coding: bytes, version: str) -> None:
-    """Refuse all transfer codings but `chunked` alone, and any in HTTP/1.0 (RFC 9112, 6.1)."""
-    if version == "1.0":
-        raise _Malformed(error_response(400, "Malformed HTTP request: Transfer-Encoding in HTTP/1.0"))
-    if coding.lower() != b"chunked":
-        raise _Malformed(error_response(501, "The only Transfer-Encoding is chunked"))
-
-
-def _render_head(method: bytes, url: bytes, version: str, headers: dict[bytes, bytes]) -> bytes:
-    """Return a request's head without its upgrade, as the connection's last."""
-    kept = {**headers, b"connection": b"close"}
-    kept.pop(b"upgrade", None)
-    lines = [b"%b %b HTTP/%b" % (method, url, version.encode())]
-    lines += [b"%b: %b" % header for header in kept.items()]
-    return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -4,8 +4,8 @@ One task a connection reads, asks the handler, writes. One reaper for all of the
 overdue, so that a request sets a number where it would otherwise enter a cancel scope.
 
 Rules:
-1. Every wait for a client has a deadline: `Phase` names the waits, `Listen` the patience. Only a handler may take as
-   long as it likes; it bounds itself.
+1. Every wait for a client has a deadline (`relay.http.patience`). Only a handler may take as long as it likes; it
+   bounds itself.
 2. Nothing is read from a connection while a request of it is unanswered, so answers keep their order and one client
    has one read, one head and one body here at a time.
 3. A client costs a connection out of `max_connections` and body bytes out of `max_buffered_bytes`, and both are given
@@ -19,10 +19,10 @@ Not here: how requests are parsed (`relay.http.connection`) and responses render
 
 from __future__ import annotations
 
-import enum
 import errno
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Final, TypeAlias
 
 import msgspec
@@ -34,6 +34,7 @@ from relay.config import Listen
 from relay.errors import ConfigError
 from relay.http.connection import Exchange, Limits, Progress, RequestParser
 from relay.http.message import Request, error_response
+from relay.http.patience import LINGER_SECONDS, Patience, Phase, reap_interval
 from relay.http.render import CONTINUE, ResponseRenderer
 from relay.http.router import Router
 
@@ -41,13 +42,6 @@ log = structlog.get_logger()
 
 READ_BYTES: Final = 65_536
 """One read. trio's own default; a larger one gains nothing, since the kernel rarely has more ready."""
-
-REAP_SECONDS: Final = 1.0
-"""Longest pause between two looks at the deadlines, so the most that a client may overstay; also how stale a `date`
-may be. 10 000 connections take 1 ms to look through."""
-
-LINGER_SECONDS: Final = 2.0
-"""How long a client may take to notice our last answer and stop sending; several round trips of a bad network."""
 
 LINGER_BYTES: Final = 67_108_864
 """What is dropped meanwhile at most: clients that read no answer before they sent everything get through twice the
@@ -67,23 +61,6 @@ _CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EN
 
 _Receive: TypeAlias = Callable[[int], Awaitable[bytes | bytearray]]
 _Send: TypeAlias = Callable[[bytes], Awaitable[int | None]]
-
-
-class Phase(enum.Enum):
-    """What a connection's task waits for."""
-
-    IDLE = "idle"
-    """The first byte of a request, `idle_seconds`. Then closed without a word."""
-    HEADER = "header"
-    """The rest of a head, `header_seconds`. Then 408."""
-    BODY = "body"
-    """The rest of a body, by grace and rate. Then 408."""
-    HANDLING = "handling"
-    """Our own handler, for ever."""
-    WRITE = "write"
-    """The client to take an answer, `write_seconds`. Then cut off."""
-    LINGER = "linger"
-    """The client to stop sending, `LINGER_SECONDS`. Then closed."""
 
 
 class ListenerStatistics(msgspec.Struct, frozen=True):
@@ -114,39 +91,24 @@ class ListenerStatistics(msgspec.Struct, frozen=True):
 class _Client:
     """One connection, as its task and the reaper share it."""
 
-    __slots__ = (
-        "awaits",
-        "cancelled_in",
-        "charged_bytes",
-        "deadline",
-        "parser",
-        "patience_ends",
-        "phase",
-        "receive",
-        "scope",
-        "send",
-        "stream",
-    )
+    __slots__ = ("cancelled_in", "charged_bytes", "parser", "patience", "receive", "scope", "send", "stream")
 
-    def __init__(self, stream: trio.abc.Stream, parser: RequestParser, deadline: float) -> None:
+    def __init__(self, stream: trio.abc.Stream, parser: RequestParser, patience: Patience) -> None:
         self.stream = stream
+        self.parser = parser
+        self.patience = patience
         self.receive: _Receive = stream.receive_some
         self.send: _Send = stream.send_all
         if isinstance(stream, trio.SocketStream):
             # Straight on the socket: trio's stream around it costs 3.5 µs a request, a sixth of all.
             self.receive, self.send = stream.socket.recv, stream.socket.send
-        self.parser = parser
         self.scope = trio.CancelScope()
-        self.phase = Phase.IDLE
-        self.deadline = deadline  # of the phase, on trio's clock
-        self.awaits = Phase.IDLE  # HEADER or BODY from the read on that left one incomplete
-        self.patience_ends = 0.0  # deadline of that
         self.cancelled_in: Phase | None = None
         self.charged_bytes = 0  # its share of the listener's buffered bytes
 
     def cancel(self) -> None:
         """End what the connection waits for."""
-        self.cancelled_in = self.phase
+        self.cancelled_in = self.patience.phase
         self.scope.cancel()
 
 
@@ -215,16 +177,14 @@ class HttpListener:
         """
         async with trio.open_nursery() as background:
             background.start_soon(self._reap)
-            async with trio.open_nursery() as connections:
-                try:
-                    with self._accepting:
-                        async with trio.open_nursery() as acceptors:
-                            for listener in listeners:
-                                acceptors.start_soon(self._accept, listener, connections)
-                            task_status.started()
-                finally:
-                    for listener in listeners:
-                        await trio.aclose_forcefully(listener)
+            async with trio.open_nursery() as connections, AsyncExitStack() as closing:
+                for listener in listeners:
+                    await closing.enter_async_context(listener)
+                with self._accepting:
+                    async with trio.open_nursery() as acceptors:
+                        for listener in listeners:
+                            acceptors.start_soon(self._accept, listener, connections)
+                        task_status.started()
             background.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -232,7 +192,7 @@ class HttpListener:
         self._is_stopping = True
         self._accepting.cancel()
         for client in self._clients:
-            if client.phase is Phase.IDLE:
+            if client.patience.phase is Phase.IDLE:
                 client.cancel()
 
     def statistics(self) -> ListenerStatistics:
@@ -252,21 +212,13 @@ class HttpListener:
 
     async def _reap(self) -> None:
         """Cancel what is overdue, and keep the renderer's time."""
-        settings = self._settings
-        shortest = min(
-            settings.idle_seconds,
-            settings.header_seconds,
-            settings.body_grace_seconds,
-            settings.write_seconds,
-            LINGER_SECONDS,
-        )
-        pause = min(REAP_SECONDS, shortest / 4)
+        pause = reap_interval(self._settings)
         while True:
             await trio.sleep(pause)
             self._renderer.set_time(self._wall_clock())
             now = trio.current_time()
             for client in self._clients:
-                if client.deadline <= now and client.cancelled_in is None:
+                if client.patience.deadline <= now and client.cancelled_in is None:
                     client.cancel()
 
     async def _accept(self, listener: trio.abc.Listener[trio.abc.Stream], connections: trio.Nursery) -> None:
@@ -282,7 +234,7 @@ class HttpListener:
                 continue
             if len(self._clients) < self._settings.max_connections:
                 parser = RequestParser(self._router, self._limits, _peer_of(stream))
-                client = _Client(stream, parser, trio.current_time() + self._settings.idle_seconds)
+                client = _Client(stream, parser, Patience(self._settings, trio.current_time()))
                 self._clients.add(client)
                 self._connections_total += 1
                 connections.start_soon(self._serve, client)
@@ -325,18 +277,20 @@ class HttpListener:
         finally:
             self._clients.discard(client)
             self._buffered_bytes -= client.charged_bytes
+            client.parser.discard()
             await trio.aclose_forcefully(client.stream)
 
     async def _converse(self, client: _Client) -> None:
         """Read requests and answer them until one side is done."""
-        parser, receive = client.parser, client.receive
-        idle_seconds = self._settings.idle_seconds
+        parser, patience, receive = client.parser, client.patience, client.receive
         while True:
             data = await receive(READ_BYTES)
             if not data or client.cancelled_in is not None:
                 return
-            client.phase, client.deadline = Phase.HANDLING, math.inf
+            patience.handle()
             exchanges = parser.feed(data)
+            received_bytes = len(data)
+            del data  # nobody shall hold it while the connection waits
             if parser.held_bytes:
                 exchanges = self._charge(client, exchanges)
             if exchanges and await self._answer(client, exchanges):
@@ -344,11 +298,15 @@ class HttpListener:
             if parser.progress is Progress.BOUNDARY:
                 if self._is_stopping:  # since the last answer was made
                     return
-                client.phase, client.deadline = Phase.IDLE, trio.current_time() + idle_seconds
+                patience.wait_for_request(trio.current_time())
             else:
-                await self._await_more(client, len(data))
+                if parser.expects_continue:
+                    parser.expects_continue = False
+                    await self._send(client, CONTINUE)
+                phase = Phase.HEADER if parser.progress is Progress.HEAD else Phase.BODY
+                patience.wait_for_more(phase, received_bytes, trio.current_time())
         if parser.is_unread or parser.progress is not Progress.BOUNDARY:
-            client.phase, client.deadline = Phase.LINGER, trio.current_time() + LINGER_SECONDS
+            patience.linger(trio.current_time())
             await _drop_input(client.stream)
 
     async def _answer(self, client: _Client, exchanges: list[Exchange]) -> bool:
@@ -359,7 +317,7 @@ class HttpListener:
             if exchange.response is None and answers:
                 await self._send(client, b"".join(answers))  # who waits for them need not wait for this handler
                 answers.clear()
-                client.phase, client.deadline = Phase.HANDLING, math.inf
+                client.patience.handle()
             try:
                 response = exchange.response or await exchange.handler(exchange.request)
                 if self._is_stopping and exchange is exchanges[-1]:
@@ -383,41 +341,17 @@ class HttpListener:
         if client.charged_bytes:
             self._buffered_bytes += parser.held_bytes - client.charged_bytes
             client.charged_bytes = parser.held_bytes
-        client.awaits = Phase.IDLE
+        client.patience.answered()
         if answers:
             await self._send(client, answers[0] if len(answers) == 1 else b"".join(answers))
         return closes
 
     async def _send(self, client: _Client, data: bytes) -> None:
         """Send all of `data` within `write_seconds`."""
-        client.phase, client.deadline = Phase.WRITE, trio.current_time() + self._settings.write_seconds
+        client.patience.write(trio.current_time())
         sent_bytes = await client.send(data)
         if sent_bytes is not None and sent_bytes < len(data):
             await client.stream.send_all(data[sent_bytes:])
-
-    async def _await_more(self, client: _Client, received_bytes: int) -> None:
-        """Set the deadline of an incomplete request.
-
-        A head has `header_seconds` from its first byte. A body's patience is a bucket: `body_grace_seconds` deep,
-        it runs out with time, and every byte adds what it may take at the least rate. So no stall is longer than
-        the grace, and no credit can be saved up by sending fast and then holding memory for hours.
-        """
-        settings, parser = self._settings, client.parser
-        if parser.expects_continue:
-            parser.expects_continue = False
-            await self._send(client, CONTINUE)
-        now = trio.current_time()
-        phase = Phase.HEADER if parser.progress is Progress.HEAD else Phase.BODY
-        if client.awaits is not phase:
-            client.awaits = phase
-            client.patience_ends = now + (
-                settings.header_seconds if phase is Phase.HEADER else settings.body_grace_seconds
-            )
-        elif phase is Phase.BODY:
-            rate = settings.min_body_rate_bytes
-            earned = received_bytes / rate if rate else math.inf
-            client.patience_ends = min(client.patience_ends + earned, now + settings.body_grace_seconds)
-        client.phase, client.deadline = phase, client.patience_ends
 
     def _charge(self, client: _Client, exchanges: list[Exchange]) -> list[Exchange]:
         """Charge the connection for the bodies that it holds; refuse what is over `max_buffered_bytes`."""
@@ -446,7 +380,7 @@ class HttpListener:
         self._requests_total += 1
         client.scope = trio.CancelScope()
         client.cancelled_in = None
-        client.phase, client.deadline = Phase.LINGER, trio.current_time() + LINGER_SECONDS
+        client.patience.linger(trio.current_time())
         with client.scope:
             await client.stream.send_all(self._renderer.render(exchange, exchange.response))
             await _drop_input(client.stream)

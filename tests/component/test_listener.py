@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +13,9 @@ from structlog.testing import capture_logs
 
 from relay.config import Listen
 from relay.http.connection import DRAIN_BYTES
-from relay.http.listener import LINGER_SECONDS, MAX_REFUSALS, HttpListener
+from relay.http.listener import MAX_REFUSALS, HttpListener
 from relay.http.message import HANG_UP, JSON, Request, Response, error_response
+from relay.http.patience import LINGER_SECONDS
 from relay.http.router import Route, Router
 from tests.component.memory_listener import CORS, OK, MemoryListener, RawClient, Recorder, route_to, serving
 
@@ -53,6 +55,16 @@ async def test_a_connection_carries_many_requests() -> None:
         assert [request.body for request in it.recorder.requests] == [b"0", b"1", b"2", b"3", b"4"]
         statistics = it.listener.statistics()
         assert (statistics.connections_total, statistics.requests_total) == (1, 5)
+
+
+async def test_an_idle_connection_holds_nothing_of_its_last_request() -> None:
+    """Between requests a connection keeps no body alive, so idle connections are cheap."""
+    async with serving() as it:
+        await it.connect().ask(post(b"abc"))
+        await trio.testing.wait_all_tasks_blocked()
+        request = it.recorder.requests.pop()
+        nobody_elses = Request("", "", b"", {})
+        assert sys.getrefcount(request) == sys.getrefcount(nobody_elses)
 
 
 async def test_pipelined_requests_are_answered_in_order_and_one_at_a_time() -> None:
