@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from tests.system.traffic import Sdk, Sent
+from tests.system.traffic import Batch, Sdk, Sent
 from tests.system.wire import ask
 
 COMMAND = Path(sys.executable).with_name("lucent-relay")
@@ -250,6 +250,17 @@ class Site:
     def sdk(self) -> Sdk:
         """Return a client of whichever relay runs."""
         return Sdk(lambda: self.relay.url, self.sent)
+
+    async def post(self, *batches: Batch) -> None:
+        """Send batches as one client each, at the same time, until all are taken."""
+
+        async def post(batch: Batch) -> None:
+            async with self.sdk() as sdk:
+                await sdk.post(batch)
+
+        async with trio.open_nursery() as clients:
+            for batch in batches:
+                clients.start_soon(post, batch)
 
     async def start_sandbox(self, *options: str, listen: str = "127.0.0.1:0") -> Sandbox:
         """Start an upstream, unlimited unless told otherwise."""

@@ -30,10 +30,9 @@ async def test_recordings_arrive(site: Site) -> None:
     await site.start_relay({"budget": {"requests_per_minute": 100}})
 
     async def play(recording: list[Batch]) -> None:
-        sdk = site.sdk()
-        for batch in recording:
-            await sdk.post(batch)
-        await sdk.aclose()
+        async with site.sdk() as sdk:
+            for batch in recording:
+                await sdk.post(batch)
 
     async with trio.open_nursery() as nursery:
         for recording in recordings:

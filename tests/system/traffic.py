@@ -11,7 +11,8 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import trio
 
@@ -22,6 +23,9 @@ TARGET = "/api/sdk/replay"
 
 RETRY_SECONDS = 0.02
 """A client's pause before it tries again; impatient, so that a restart is met by all of them at once."""
+
+PATIENCE_SECONDS = 30.0
+"""For a relay to take what clients keep sending, restarts included."""
 
 
 def digest(data: bytes) -> str:
@@ -114,6 +118,7 @@ class Sent:
     events: int = 0
     """Of all batches, each counted once."""
     batches: int = 0
+    _changed: trio.Event = field(default_factory=trio.Event)
 
     def add(self, batch: Batch) -> None:
         """Note a batch that was answered 200."""
@@ -122,13 +127,22 @@ class Sent:
             self.events += len(batch.events)
             self.batches += 1
         window[batch.sequence] = batch
+        self._changed.set()
+
+    async def more(self, batches: int) -> None:
+        """Wait until so many batches more have been taken."""
+        enough = self.batches + batches
+        with trio.fail_after(PATIENCE_SECONDS):
+            while self.batches < enough:
+                self._changed = trio.Event()
+                await self._changed.wait()
 
 
 class Sdk:
     """A client that keeps a connection, and sends a batch again until it is taken.
 
     Args:
-        address: Where the relay is now; asked before every connection, since a restart may move it.
+        address: Where the relay is now, empty before that is known; a restart moves it.
         sent: Notes what is taken.
     """
 
@@ -145,7 +159,7 @@ class Sdk:
             try:
                 answer = await self._attempt(body)
             except Lost:
-                await self.aclose()
+                await self._hang_up()
             else:
                 if answer.status == 200:
                     self._sent.add(batch)
@@ -158,11 +172,20 @@ class Sdk:
             self._connection = await connect(self._address())
         answer = await self._connection.request("POST", TARGET, self._headers, body)
         if answer.headers.get("connection") == "close":
-            await self.aclose()
+            await self._hang_up()
         return answer
 
-    async def aclose(self) -> None:
-        """Close the connection; a further batch opens another."""
+    async def __aenter__(self) -> Self:
+        """Return the client."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close its connection."""
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
         if self._connection is not None:
             await trio.aclose_forcefully(self._connection.stream)
             self._connection = None

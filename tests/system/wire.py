@@ -96,8 +96,8 @@ async def connect(url: str) -> Connection:
         Lost: There is none.
     """
     parts = urlsplit(url)
-    assert parts.hostname is not None
-    assert parts.port is not None
+    if parts.hostname is None or parts.port is None:
+        raise Lost("no address yet")
     try:
         stream = await trio.open_tcp_stream(parts.hostname, parts.port)
     except OSError as error:

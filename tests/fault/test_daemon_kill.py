@@ -1,0 +1,110 @@
+"""SIGKILL at any moment, on the installed command: what was acknowledged arrives, once (laws 1, 2, 3 and 5).
+
+The kill spares nothing of the process. What becomes of the disk when the power goes is another test's, over a
+simulated disk.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from itertools import count
+
+import pytest
+import trio
+
+from tests.system.daemon import Site
+from tests.system.laws import assert_accounted
+from tests.system.traffic import make_batch, make_events
+
+ROUNDS = int(os.environ.get("LUCENT_RELAY_KILL_ROUNDS", "8"))
+"""Kills under load; one takes about a second."""
+
+CLIENTS = 6
+"""As many sessions under load, each with two windows."""
+
+OUTCOMES = {"error_rate": 0.1, "error_status": [500, 503, 429], "drop_before_rate": 0.1, "drop_after_rate": 0.1}
+"""What an upstream in trouble does to three batches of ten; an answer lost after storing is what makes duplicates."""
+
+
+async def play_until(site: Site, name: str, is_over: trio.Event) -> None:
+    """Be a client of one session: batch after batch in two windows, and a final once it is over."""
+    chance = random.Random(name)
+    async with site.sdk() as sdk:
+        for sequence in count():
+            is_final = is_over.is_set()
+            size = chance.choice((80, 80, 400, 2_000))
+            events = make_events(f"{name}/{sequence}", chance.choice((1, 5, 40, 300)), size)
+            await sdk.post(make_batch(name, sequence, events, window=f"w{sequence % 2}", is_final=is_final))
+            if is_final:
+                return
+
+
+@pytest.mark.slow
+async def test_kill_under_load(site: Site) -> None:
+    """Killed again and again among clients and a failing upstream, the relay loses nothing and repeats nothing."""
+    chance = random.Random(8)
+    await site.start_sandbox("--seed", "8")
+    await site.sandbox.fault(**OUTCOMES, latency_jitter_seconds=0.02)
+    await site.start_relay()
+    is_over = trio.Event()
+    async with trio.open_nursery() as clients:
+        for number in range(CLIENTS):
+            clients.start_soon(play_until, site, f"s{number}", is_over)
+        for _ in range(ROUNDS):
+            await site.sent.more(chance.randint(1, 60))
+            site.relay.kill()
+            await site.start_relay()
+        is_over.set()
+    await site.sandbox.fault()
+    await assert_accounted(site)
+
+
+@pytest.mark.slow
+async def test_kill_after_yes(site: Site) -> None:
+    """A relay that is killed the moment its 200 is on the wire has the batch on disk."""
+    await site.start_sandbox()
+    await site.start_relay({"batch": {"linger_seconds": 3_600}})
+    for sequence in range(2 * ROUNDS + 4):
+        async with site.sdk() as sdk:
+            await sdk.post(make_batch("s1", sequence))
+            site.relay.kill()
+        await site.start_relay()
+    assert (await site.sandbox.report())["requests"] == 0
+    await site.relay.stop()
+    await site.start_relay({"batch": {"linger_seconds": 0}})
+    await assert_accounted(site)
+
+
+@pytest.mark.slow
+async def test_kill_while_starting(site: Site) -> None:
+    """A start that is killed at any point of it harms neither the backlog nor the next start."""
+    await site.start_sandbox()
+    await site.sandbox.go_down()
+    await site.start_relay()
+    await site.post(*(make_batch(f"s{number}", 0, 600) for number in range(CLIENTS)))
+    await site.relay.until("all to be tried", lambda status: status["account"]["sealed"] == CLIENTS * 500)
+    site.relay.kill()
+    for event in ("starting", "relay listening", "admin listening", "attempt failed"):
+        relay = site.spawn_relay()
+        await relay.logged(event)
+        relay.kill()
+    await site.sandbox.fault()
+    await site.start_relay()
+    await assert_accounted(site)
+
+
+@pytest.mark.slow
+async def test_kill_while_stopping(site: Site) -> None:
+    """Killed between SIGTERM and exit, with batches at upstream and a request in hand, the relay sends on later."""
+    await site.start_sandbox("--latency", "0.5")
+    await site.start_relay()
+    await site.post(*(make_batch(f"s{number}", 0) for number in range(CLIENTS)))
+    await site.relay.until("all to be in flight", lambda status: status["forward"]["in_flight"] == CLIENTS)
+    site.relay.signal(signal.SIGTERM)
+    await site.relay.logged("stopping")
+    site.relay.kill()
+    await site.sandbox.fault()
+    await site.start_relay()
+    await assert_accounted(site)
