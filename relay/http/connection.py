@@ -254,8 +254,10 @@ class RequestParser:
         async def fail(_: Request) -> Response:
             raise cause
 
-        self.abandon(HANG_UP)
-        return Exchange(Request("", "", b"", {}), handler=fail, close=True)
+        exchange = self.abandon(HANG_UP)
+        exchange.response = None
+        exchange.handler = fail
+        return exchange
 
     def _parse(self, data: bytes | bytearray) -> bytes | bytearray | None:
         """Feed llhttp; return what it left because the client asked for an upgrade."""

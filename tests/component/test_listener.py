@@ -259,6 +259,7 @@ async def test_a_failing_handler_is_a_500_and_nothing_more(
             client = it.connect()
             status, headers, body = await client.ask(GET)
         assert (status, body) == (500, b'{"error":"Internal error"}')
+        assert headers[CORS[0]] == CORS[1]
         assert (b"set-cookie" in headers, [entry["event"] for entry in logs]) == (False, ["handler failed"])
         assert logs[0]["exc_info"]
         assert it.listener.statistics().handler_errors_total == 1

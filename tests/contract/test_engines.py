@@ -164,6 +164,10 @@ async def test_hypercorn_survives_what_it_does_not_understand() -> None:
                     if not data.startswith(b"\x16"):
                         status, _ = await client.read_head()
                         assert 400 <= status < 500
+            for data in REQUESTS.values():  # gone before, amid or behind the answer
+                for length in (10, len(data) - 1, len(data)):
+                    async with await connect(port) as client:
+                        await client.send(data[:length])
             async with await connect(port) as client:
                 assert (await client.ask(REQUESTS["GET"]))[0] == 200
             nursery.cancel_scope.cancel()

@@ -390,7 +390,7 @@ def test_pipelining_is_bounded() -> None:
     exchanges, subject = feed(GET * (MAX_PIPELINED + 10))
     assert len(exchanges) == MAX_PIPELINED
     assert exchanges[-1].close
-    assert subject.closed
+    assert (subject.closed, subject.is_unread) == (True, True)
 
 
 async def test_what_admit_raises_surfaces_when_the_exchange_is_answered() -> None:
