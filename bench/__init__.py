@@ -1,0 +1,1 @@
+"""Benchmarks of the relay; README.md holds what they found."""

@@ -1,0 +1,139 @@
+"""Client batches for the benchmarks: recorded events, cut to a wanted size, no two bodies alike.
+
+Rules:
+1. A slice is consecutive events of one recorded window, deflated once, by zlib at the level that browsers use.
+2. A body is a slice behind an envelope of its own: fresh session, window, sequence and lastActivityAt. So the relay
+   recognises none of them, and no cache of anything can help it.
+3. Slices come round again, thousands of requests later. A deflater remembers 32 KiB, a processor's cache little more
+   than the slices of a second.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+
+import relay.demo
+from relay.protocol.assemble import Piece, assemble
+from relay.protocol.codings import crc32, zstd_decompress
+from relay.protocol.cut import body_prefix, body_suffix, overhead_bytes
+from relay.protocol.node_json import split_events
+from relay.protocol.replay import Envelope, decode_batch
+
+SIZES = {"small": 8_192, "medium": 25_600, "large": 128_000}
+"""Bytes of JSON that a body is to have: a page being read, a page being used, a first visit or a busy canvas."""
+
+LIVE_SESSIONS = 1_000
+"""Sessions at a time, which take turns."""
+
+SESSION_BATCHES = 30
+"""Batches until a session ends with a final and a new one takes its place: five minutes of the SDK's pace."""
+
+_BROWSER_LEVEL = 6
+"""zlib's default, which CompressionStream takes."""
+
+_SPREAD = 0.3
+"""How far a slice may be from the wanted size, as a share of it; single events that are larger are left out."""
+
+_MAX_SLICES = 4_000
+"""A size's slices; at 25 KB they are 100 MB of JSON and 16 MB compressed."""
+
+_SESSION = b"00000000-0000-4000-8000-00005e551011"
+_WINDOW = b"00000000-0000-4000-8000-00000077d011"
+"""Stand in the envelopes where each body has its own."""
+
+
+class Slice(msgspec.Struct, frozen=True, gc=False):
+    """Some recorded events and the envelope they came in."""
+
+    envelope: Envelope
+    """With placeholders for session and window."""
+    piece: Piece
+    """The events, deflated."""
+
+
+class Body(msgspec.Struct, frozen=True, gc=False):
+    """One request's body."""
+
+    gzip: bytes
+    """As it goes over the wire."""
+    json_bytes: int
+    """Its size inflated."""
+
+
+def cut_slices(wanted_bytes: int) -> list[Slice]:
+    """Cut the recordings into slices of about `wanted_bytes`, the small ones with overlaps until there are many."""
+    batches = [
+        (envelope, split_events(events))
+        for path in sorted((Path(relay.demo.__file__).parent / "recordings").glob("*.jsonl.zst"))
+        for envelope, events in _windows(zstd_decompress(path.read_bytes()).splitlines())
+    ]
+    slices: list[Slice] = []
+    for share in (0, 1, 2, 3):  # a quarter of a slice further on at each pass, so other events share a body
+        for envelope, events in batches:
+            events_bytes = wanted_bytes - overhead_bytes(envelope)
+            for run in _runs(events, events_bytes, events_bytes * share // 4):
+                if len(slices) < _MAX_SLICES:
+                    compressor = zlib.compressobj(_BROWSER_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
+                    deflated = compressor.compress(run) + compressor.flush(zlib.Z_FULL_FLUSH)
+                    slices.append(Slice(envelope, Piece(deflated, crc32(run), len(run))))
+    return slices
+
+
+def _windows(lines: Iterable[bytes]) -> Iterator[tuple[Envelope, bytes]]:
+    """Join the batches of each recorded window; yields its first envelope and all its events."""
+    windows: dict[str, tuple[Envelope, list[bytes]]] = {}
+    for line in lines:
+        batch = decode_batch(line, len(line))
+        head = batch.envelope.head.replace(batch.session_id.encode(), _SESSION)
+        head = head.replace(batch.window_id.encode(), _WINDOW)
+        _, runs = windows.setdefault(batch.window_id, (Envelope(head, batch.envelope.tail), []))
+        runs.append(bytes(batch.events))
+    for envelope, runs in windows.values():
+        yield envelope, b",".join(runs)
+
+
+def _runs(events: list[bytes], wanted_bytes: int, skipped_bytes: int) -> Iterator[bytes]:
+    """Yield runs of consecutive events, each of about `wanted_bytes`."""
+    taken: list[bytes] = []
+    size = -skipped_bytes
+    for event in events:
+        size += len(event) + 1
+        if size <= 0:
+            continue
+        taken.append(event)
+        if size >= wanted_bytes:
+            run = b",".join(taken)
+            if abs(len(run) - wanted_bytes) <= wanted_bytes * _SPREAD:
+                yield run
+            taken, size = [], 0
+
+
+class Sessions:
+    """Renders bodies of many sessions that take turns."""
+
+    def __init__(self, slices: list[Slice], seed: int) -> None:
+        """Take slices in their order; `seed` keeps the sessions of one benchmark apart from those of another."""
+        self._slices = slices
+        self._seed = seed
+        self._count = 0
+
+    def next_body(self) -> Body:
+        """Return a body that no other call returned."""
+        count = self._count
+        self._count = count + 1
+        turn, place = divmod(count, LIVE_SESSIONS)
+        generation, sequence = divmod(turn, SESSION_BATCHES)
+        identity = self._seed << 64 | generation << 32 | place
+        # Sessions take slices from different places, so that neighbours in time are not alike.
+        source = self._slices[(count + place * 31) % len(self._slices)]
+        head = source.envelope.head.replace(_SESSION, str(UUID(int=identity << 1)).encode())
+        head = head.replace(_WINDOW, str(UUID(int=identity << 1 | 1)).encode())
+        last_activity = b"%d" % (1_790_000_000_000 + count)
+        prefix = body_prefix(Envelope(head, source.envelope.tail), last_activity, sequence)
+        suffix = body_suffix(is_final=sequence == SESSION_BATCHES - 1)
+        return Body(assemble(prefix, [source.piece], suffix), len(prefix) + source.piece.events_bytes + len(suffix))
