@@ -6,7 +6,8 @@ Rules:
 1. An answer's status, body and headers are those of the listener; only `date`, `connection` and their order are the
    engine's.
 2. A body is bounded in size by its route and in time by `BODY_SECONDS`; Hypercorn bounds neither.
-3. Hypercorn says nothing on its own: no access log, no banner. Its warnings and errors go where ours go.
+3. What goes wrong in Hypercorn itself ends connections, never this process.
+4. Hypercorn says nothing on its own: no access log, no banner. Its warnings and errors go where ours go.
 
 Not here: a bound on connections, which Hypercorn does not have. So this engine belongs on an address that only
 operators reach.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any, Final, TypeAlias, cast
 
 import hypercorn.trio
@@ -50,6 +52,9 @@ GRACEFUL_SECONDS: Final = 2.0
 
 READ_SECONDS: Final = 60.0
 """Longest silence of a client, the time its answer takes included; above both of the former."""
+
+RESTART_SECONDS: Final = 0.1
+"""Pause before Hypercorn is started again; so that a lasting failure does not keep a core busy."""
 
 MAX_HEADER_BYTES: Final = 16_384
 """Request line and headers; half of the listener's, since nobody sends cookies of an application here."""
@@ -95,8 +100,45 @@ async def serve_asgi(
         ConfigError: The address cannot be read.
         OSError: It cannot be listened on; the message names it.
     """
+    async with AsyncExitStack() as closing:
+        listeners = await open_listeners(address)
+        for listener in listeners:
+            await closing.enter_async_context(listener)
+        task_status.started([_url_of(listener) for listener in listeners])
+        app = cast(Framework, asgi_app(router))
+
+        async def serve() -> None:
+            # Hypercorn takes the duplicates and closes them; ours outlive it.
+            binds = [f"fd://{os.dup(listener.socket.fileno())}" for listener in listeners]
+            await hypercorn.trio.serve(app, _config_of(binds), shutdown_trigger=shutdown.wait, mode="asgi")
+
+        await keep_serving(serve, shutdown)
+
+
+async def keep_serving(serve: Callable[[], Awaitable[None]], shutdown: trio.Event) -> None:
+    """Call `serve` again whenever it fails, until it returns or `shutdown` is set.
+
+    Hypercorn 0.18 lets what fails in one connection's task end the server: a client that leaves while its body is
+    refused makes two of its tasks send at once (`BusyResourceError`). So the damage is kept to the connections of
+    the moment; new ones wait in the backlog of sockets that stay open.
+    """
+    while not shutdown.is_set():
+        try:
+            await serve()
+            return
+        except (OSError, BaseExceptionGroup) as failure:
+            if isinstance(failure, BaseExceptionGroup):
+                _, others = failure.split(Exception)
+                if others is not None:  # cancelled
+                    raise others from None
+            log.warning("hypercorn failed, starting again", exc_info=True)
+        with trio.move_on_after(RESTART_SECONDS):
+            await shutdown.wait()
+
+
+def _config_of(binds: list[str]) -> Config:
     config = Config()
-    config.bind = await _bind(address)
+    config.bind = binds
     config.logger_class = HypercornLogger
     config.accesslog = config.errorlog = None
     config.include_server_header = False
@@ -104,13 +146,12 @@ async def serve_asgi(
     config.graceful_timeout = config.shutdown_timeout = GRACEFUL_SECONDS
     config.read_timeout = int(READ_SECONDS)
     config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEADER_BYTES
-    await hypercorn.trio.serve(
-        cast(Framework, asgi_app(router)),
-        config,
-        shutdown_trigger=shutdown.wait,
-        task_status=task_status,
-        mode="asgi",
-    )
+    return config
+
+
+def _url_of(listener: trio.SocketListener) -> str:
+    host, port = listener.socket.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class HypercornLogger(Logger):
@@ -140,15 +181,6 @@ class HypercornLogger(Logger):
     async def exception(self, message: str, *args: Any, **kwargs: Any) -> None:
         """Log an error with the traceback at hand."""
         log.exception("hypercorn", message=message % args)
-
-
-async def _bind(address: str) -> list[str]:
-    """Open sockets as the listener does, with its errors, and return them in Hypercorn's notation."""
-    binds = []
-    for listener in await open_listeners(address):
-        binds.append(f"fd://{os.dup(listener.socket.fileno())}")  # Hypercorn takes the duplicate and closes it
-        listener.socket.close()
-    return binds
 
 
 async def _live(receive: Receive, send: Send) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 from structlog.testing import capture_logs
 
 from relay.config import Listen
 from relay.errors import ConfigError
-from relay.http.asgi import serve_asgi
+from relay.http.asgi import keep_serving, serve_asgi
 from relay.http.listener import HttpListener, open_listeners
 from relay.http.message import JSON, Request, Response, error_response, json_response
 from relay.http.router import Route, Router
@@ -186,6 +188,43 @@ async def test_hypercorn_ends_when_it_is_told_to() -> None:
             shutdown.set()
     for listener in await open_listeners(url.removeprefix("http://")):
         await listener.aclose()
+
+
+async def test_a_failure_within_hypercorn_is_survived(autojump_clock: trio.testing.MockClock) -> None:
+    """Whatever its tasks raise, the server is started again, until it is told to end."""
+    shutdown = trio.Event()
+    starts = 0
+
+    async def serve() -> None:
+        nonlocal starts
+        starts += 1
+        if starts == 1:
+            raise OSError(errno.EMFILE, "no descriptor left")
+        async with trio.open_nursery():
+            if starts == 3:
+                shutdown.set()
+            raise trio.BusyResourceError("two tasks send")
+
+    with capture_logs() as logs:
+        await keep_serving(serve, shutdown)
+    assert [entry["event"] for entry in logs] == ["hypercorn failed, starting again"] * 3
+
+
+async def test_cancelling_hypercorn_is_not_taken_for_a_failure() -> None:
+    """A cancel passes, together with what fails because of it."""
+
+    async def serve() -> None:
+        async with trio.open_nursery() as nursery:
+            try:
+                await trio.sleep_forever()
+            finally:
+                nursery.start_soon(trio.sleep_forever)
+                raise trio.BusyResourceError("closed under a sender")
+
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await keep_serving(serve, trio.Event())
+    assert scope.cancelled_caught
 
 
 async def test_both_engines_refuse_bad_addresses_alike() -> None:
