@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ _VACUUM_STEP_PAGES = 256
 _PRUNE_STEP = 500
 """Marks looked at by one call of `prune`."""
 
+_DISK_ERRORS = (
+    *(apsw.FullError, apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.NoMemError, apsw.CorruptError),
+    *(apsw.NotADBError, apsw.PermissionsError, apsw.ProtocolError, apsw.BusyError),
+)
+"""What is no step's fault and may pass, the last where an operator's tool has the database locked for a moment."""
+
 Step = Callable[[], Any]
 
 
@@ -60,7 +67,8 @@ class Store:
         self._windows: OrderedDict[tuple[str, str, str], tuple[int, int, int]] = OrderedDict()
         self._envelopes: OrderedDict[tuple[int, bytes], int] = OrderedDict()
         self._deltas: dict[str, int] = {}
-        self._next_body: int = self._one("SELECT coalesce(max(id), 0) + 1 FROM body")
+        self._next_body = 0
+        """Row of the next body; 0 where the disk has to be asked."""
 
     def _all(self, sql: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self._db.execute(sql, bindings).fetchall()
@@ -86,7 +94,8 @@ class Store:
 
         Returns:
             A result a step: what it returned, or the exception that it raised. Where a step raises, the group is
-            rolled back and each step run in a transaction of its own, so that one cannot spoil its neighbours.
+            rolled back and each step run in a transaction of its own, so that one cannot spoil its neighbours; what
+            the disk refuses then is a result too, since other steps are on disk already.
 
         Durability: on return, every step without an exception is on disk as `spool.durability` says.
 
@@ -95,14 +104,21 @@ class Store:
         """
         try:
             return self._commit(steps)
-        except (apsw.FullError, apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.NoMemError) as error:
+        except _DISK_ERRORS as error:
             self._undo()
             raise SpoolUnavailable(f"the disk refused a write: {error}") from error
         except Exception as error:  # noqa: BLE001 - whatever a step raises is that step's result
             self._undo()
             if len(steps) == 1:
                 return [error]
-        return [self.transact([step])[0] for step in steps]
+        return [self._alone(step) for step in steps]
+
+    def _alone(self, step: Step) -> Any:
+        """Run one step of a group that was rolled back; returns its result or its exception."""
+        try:
+            return self.transact([step])[0]
+        except SpoolUnavailable as error:
+            return error
 
     def _commit(self, steps: Sequence[Step]) -> list[Any]:
         self._db.execute("BEGIN IMMEDIATE")
@@ -117,9 +133,11 @@ class Store:
         return results
 
     def _undo(self) -> None:
-        if self._db.in_transaction:
-            self._db.execute("ROLLBACK")
         self._reset()
+        if self._db.in_transaction:
+            # A disk that refuses this too leaves the transaction to the next BEGIN, which fails and comes here again.
+            with suppress(apsw.Error):
+                self._db.execute("ROLLBACK")
 
     def _count(self, name: str, events: int) -> None:
         self._deltas[name] = self._deltas.get(name, 0) + events
@@ -222,8 +240,8 @@ class Store:
         return int(self._db.last_insert_rowid())
 
     def _add_body(self, deflated: bytes) -> int:
-        body_id = self._next_body
-        self._next_body += 1
+        body_id: int = self._next_body or self._one("SELECT coalesce(max(id), 0) + 1 FROM body")
+        self._next_body = body_id + 1
         self._db.execute("INSERT INTO body VALUES (?, ?)", (body_id, deflated))
         return body_id
 
@@ -283,8 +301,9 @@ class Store:
     def _choose(self, session_id: int, window_id: int, pending: list[Pending], envelope: Envelope) -> tuple[Cut, bool]:
         """Choose the cut, and whether it is sent as the final of its session.
 
-        A final waits until it is all that the session has left. If another final of the session is pending behind it,
-        that one will end the session, and this one goes as a normal batch: two would wait for each other.
+        A final waits until it is all that the session has left. If its own window went on behind it, or another final
+        of the session is pending behind it, the session has not ended here, and this one goes as a normal batch: they
+        would wait for each other.
         """
         choice = choose_cut(pending, envelope, self._limits, allow_final=True)
         if choice.whole == 0 or not pending[choice.whole - 1].is_final:
@@ -296,6 +315,8 @@ class Store:
         )
         if in_session == choice.whole:
             return choice, True
+        if choice.whole < len(pending):
+            return choice, False
         later_final = self._one(
             "SELECT 1 FROM window JOIN segment ON segment.window_id = window.id WHERE window.session_id = ?"
             " AND batch_id IS NULL AND is_final AND (address, window.id) > (?, ?) LIMIT 1",
@@ -313,18 +334,19 @@ class Store:
         taken = take(events, 0, choice.split_events, choice.split_bytes)
         if taken == 0 and choice.whole:
             return None
-        taken = min(max(taken, 1), count)
+        # Never all of it, though the blanks between events that are dropped here could make it fit: the cut went by the
+        # stored size, and by that decided whether this ends the session.
+        taken = min(max(taken, 1), count - 1)
         self._db.execute("DELETE FROM segment WHERE window_id = ? AND address = ?", (window_id, start))
         self._db.execute("DELETE FROM body WHERE id = ?", (body_id,))
         parts = []
         for first, part in ((0, events[:taken]), (taken, events[taken:])):
-            if part:
-                part_run = b",".join(part)
-                ends = bool(is_final) and first + len(part) == count
-                columns = (start + first, len(part), len(part_run), crc32(part_run), envelope_id, last_activity)
-                part_body = self._add_body(self._deflater.deflate(part_run))
-                self._add_segment(window_id, *columns, ends, accepted_at, part_body)
-                parts.append((*columns[:3], envelope_id, last_activity, ends, columns[3], part_body, accepted_at))
+            part_run = b",".join(part)
+            ends = bool(is_final) and first > 0
+            columns = (start + first, len(part), len(part_run), crc32(part_run), envelope_id, last_activity)
+            part_body = self._add_body(self._deflater.deflate(part_run))
+            self._add_segment(window_id, *columns, ends, accepted_at, part_body)
+            parts.append((*columns[:3], envelope_id, last_activity, ends, columns[3], part_body, accepted_at))
         return parts[0]
 
     def _envelope(self, envelope_id: int) -> Envelope:

@@ -1,0 +1,97 @@
+"""Client batches for tests, made the way the intake makes them, and upstream bodies read by other means than ours."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+
+from relay.protocol.codings import SegmentDeflater, crc32
+from relay.protocol.cut import Limits, cut_runs
+from relay.protocol.replay import decode_batch
+from relay.spool.values import NewBatch, NewSegment
+
+LIMITS = Limits(500, 1_048_576)
+"""Upstream's own."""
+
+KEY = "luc_pk_test"
+
+
+def make_event(name: str, size: int = 0) -> bytes:
+    """Return an event that no other test event equals, of `size` bytes where that is more than it needs."""
+    text = f'{{"timestamp":1,"type":3,"data":{{"name":"{name}","fill":""}}}}'
+    return text.replace('"fill":""', '"fill":"%s"' % ("x" * max(0, size - len(text)))).encode()
+
+
+def make_body(
+    session: str = "s",
+    window: str = "w",
+    sequence: int = 0,
+    events: Sequence[bytes] | None = None,
+    *,
+    page: str = "https://shop.example/",
+    last_activity: float = 2,
+    flush: str = "",
+) -> bytes:
+    """Return a client's body with events exactly as given; by default one that names its place."""
+    batch: dict[str, Any] = {
+        "session": {"id": session, "windowId": window, "startedAt": 1, "lastActivityAt": last_activity, "url": "u"},
+        "user": {"anonymousId": "a"},
+        "page": {"url": page},
+        "replay": {"events": [], "sequence": sequence},
+    }
+    if flush:
+        batch["flush"] = flush
+    events = [make_event(f"{session}/{window}/{sequence}")] if events is None else events
+    return json.dumps(batch).encode().replace(b'"events": []', b'"events":[%b]' % b",".join(events))
+
+
+def make_batch(body: bytes, *, key: str = KEY, limits: Limits = LIMITS, accepted_at: float = 0.0) -> NewBatch:
+    """Return a body as the spool takes it."""
+    decoded = decode_batch(body, 262_144)
+    deflater = SegmentDeflater()
+    segments = tuple(
+        NewSegment(run.index, run.event_count, len(run.events), crc32(run.events), deflater.deflate(run.events))
+        for run in cut_runs(decoded, limits)
+    )
+    return NewBatch(
+        *(key, decoded.session_id, decoded.window_id, decoded.sequence, decoded.is_final, decoded.last_activity),
+        *(decoded.envelope, decoded.envelope.digest, decoded.event_count, segments, accepted_at),
+    )
+
+
+class UpstreamBatch(msgspec.Struct, frozen=True):
+    """What an upstream body says."""
+
+    session: str
+    window: str
+    sequence: int
+    is_final: bool
+    events: tuple[bytes, ...]
+    """Byte for byte."""
+    envelope: dict[str, Any]
+    """All of it but events, sequence, flush and lastActivityAt."""
+    last_activity: float
+    size: int
+    """Of the uncompressed JSON."""
+
+
+def read_upstream(body: bytes) -> UpstreamBatch:
+    """Read a gzip body by the standard library; only events' bytes are sliced by msgspec."""
+    text = gzip.decompress(body)
+    value = json.loads(text)
+    sliced = msgspec.json.decode(text, type=dict[str, Raw])
+    events = msgspec.json.decode(msgspec.json.decode(sliced["replay"], type=dict[str, Raw])["events"], type=list[Raw])
+    replay = value.pop("replay")
+    del replay["events"]
+    sequence = replay.pop("sequence")
+    last_activity = value["session"].pop("lastActivityAt")
+    flush = value.pop("flush", "normal")
+    return UpstreamBatch(
+        *(value["session"]["id"], value["session"]["windowId"], sequence, flush == "final"),
+        *(tuple(bytes(event) for event in events), {**value, "replay": replay}, last_activity, len(text)),
+    )

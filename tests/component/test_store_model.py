@@ -1,0 +1,411 @@
+"""The store on a real database against a model that fits on a page, through any order of actions and crashes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from relay.config import Spool as SpoolSettings
+from relay.protocol.cut import Limits
+from relay.spool import schema
+from relay.spool.spool import Spool, run_in_threads
+from relay.spool.store import Store
+from relay.spool.values import Appended, Load, NewBatch
+from tests.accounting import assert_accounted
+from tests.component.batches import make_batch, make_body, make_event, read_upstream
+
+LIMITS = Limits(max_events=7, max_bytes=1_500)
+"""Small, so that a few events overflow a batch; an envelope takes about 250 bytes of it."""
+
+SLACK_BYTES = 64
+"""What numbers of the envelope (lastActivityAt, the address) may take more in another cut."""
+
+Place = tuple[str, str, str]
+"""Key, session, window."""
+
+
+class Known(msgspec.Struct):
+    """An accepted event, as the model knows it."""
+
+    text: bytes
+    page: str
+    last_activity: int
+    of_final: bool
+    """Whether its client batch ends the session."""
+    ends_session: bool
+    """Whether it is the last event of that batch."""
+
+
+class Sent(msgspec.Struct):
+    """A sealed batch, as the model knows it."""
+
+    place: Place
+    addresses: list[int]
+    body: bytes
+    parked: bool = False
+
+
+class Crash(BaseException):
+    """Ends a group without the store being able to do anything about it."""
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Actions on the store; the model is `pending`, `sealed`, `delivered` and `marks`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = tempfile.TemporaryDirectory()
+        self.generation = 0
+        self.now = 1_000.0
+        self.names = 0
+        self.accepted = self.delivered = 0
+        self.pending: dict[Place, dict[int, Known]] = {}
+        self.sealed: dict[int, Sent] = {}
+        self.upstream: dict[tuple[str, str], set[int]] = {}
+        self.marks: dict[tuple[str, str, int], dict[str, tuple[int, int, float]]] = {}
+        self.rows: dict[Place, tuple[int, int, int]] = {}
+        self.rows_ever: dict[tuple[int, int], Place] = {}
+
+    @initialize()
+    def start(self) -> None:
+        """Begin with an empty database."""
+        (self.directory / schema.DATABASE_NAME).parent.mkdir()
+        self.open()
+
+    @property
+    def directory(self) -> Path:
+        """Where the database lies since the last crash."""
+        return Path(self.root.name) / str(self.generation)
+
+    def open(self) -> None:
+        """Open what the disk holds, as a start does."""
+        path = self.directory / schema.DATABASE_NAME
+        self.db = schema.open_database(path, "os")
+        self.store = Store(self.db, LIMITS, max_keys=2)
+        self.reader = schema.open_reader(path)
+        settings = SpoolSettings(directory=str(self.directory))
+        self.spool = Spool(self.store, self.reader, settings, run_in_threads(), lambda: self.now)
+
+    def close(self) -> None:
+        """Close both connections."""
+        self.reader.close()
+        self.store.close()
+
+    def tick(self) -> float:
+        """Let a second pass."""
+        self.now += 1.0
+        return self.now
+
+    # -- actions
+
+    keys = st.sampled_from(["luc_pk_a", "luc_pk_b", "luc_pk_c"])
+    sessions = st.sampled_from(["s1", "s2"])
+    windows = st.sampled_from(["w1", "w2"])
+    batches = st.tuples(
+        *(keys, sessions, windows, st.integers(0, 9)),
+        *(st.lists(st.sampled_from([60, 60, 90, 300, 1_600]), min_size=1, max_size=18), st.sampled_from(["/a", "/b"])),
+        *(st.sampled_from(["", "", "", "final"]), st.integers(1, 2_000)),
+    )
+
+    def prepare(self, drawn: tuple[Any, ...]) -> tuple[NewBatch, list[Known]]:
+        """Return a client batch whose events are like no others, and what the model would know of it."""
+        key, session, window, sequence, sizes, page, flush, last_activity = drawn
+        known: list[Known] = []
+        for size in sizes:
+            self.names += 1
+            text = make_event(str(self.names), size)
+            known.append(
+                Known(text, page, last_activity, flush == "final", flush == "final" and len(known) == len(sizes) - 1)
+            )
+        events = [event.text for event in known]
+        body = make_body(session, window, sequence, events, page=page, flush=flush, last_activity=last_activity)
+        return make_batch(body, key=key, limits=LIMITS, accepted_at=self.tick()), known
+
+    def learn(self, batch: NewBatch, known: list[Known], appended: Any) -> None:
+        """Bring the model to where a committed append should have brought the store."""
+        assert isinstance(appended, Appended)
+        place = (batch.key, batch.session_id, batch.window_id)
+        if batch.key not in {key for key, _, _ in self.rows} and len({key for key, _, _ in self.rows}) == 2:
+            assert appended.outcome == "too_many_keys"
+            return
+        row = (appended.key_id, appended.session_id, appended.window_id)
+        assert self.rows.setdefault(place, row) == row
+        assert self.rows_ever.setdefault(row[1:], place) == place, "a row id was used again"
+        marks = self.marks.setdefault((*place[:2], batch.sequence), {})
+        if batch.window_id in marks:
+            assert appended.outcome == "repeated"
+            return
+        assert appended.outcome == "stored"
+        first = max((index + count for index, count, _ in marks.values()), default=0)
+        marks[batch.window_id] = (first, len(known), batch.accepted_at)
+        window = self.pending.setdefault(place, {})
+        for index, event in enumerate(known):
+            address = batch.sequence * 16_384 + first + index
+            assert address not in window
+            window[address] = event
+        self.accepted += len(known)
+
+    @rule(drawn=st.lists(batches, min_size=1, max_size=4))
+    def append(self, drawn: list[tuple[Any, ...]]) -> None:
+        """Several clients share a commit."""
+        prepared = [self.prepare(each) for each in drawn]
+        results = self.store.transact([lambda batch=batch: self.store.append(batch) for batch, _ in prepared])  # type: ignore[misc]
+        for (batch, known), appended in zip(prepared, results, strict=True):
+            self.learn(batch, known, appended)
+
+    @rule(drawn=batches, flipped=st.booleans())
+    def append_beside_a_failing_step(self, drawn: tuple[Any, ...], flipped: bool) -> None:
+        """A step that raises after it wrote spoils itself only."""
+        batch, known = self.prepare(drawn)
+        spoiled, _ = self.prepare((*drawn[:3], drawn[3] + 50, *drawn[4:]))
+
+        def fail() -> None:
+            self.store.append(spoiled)
+            raise RuntimeError("spoiled")
+
+        steps: list[Callable[[], Any]] = [lambda: self.store.append(batch), fail]
+        appended, failed = self.store.transact(steps[::-1])[::-1] if flipped else self.store.transact(steps)
+        assert str(failed) == "spoiled"
+        self.learn(batch, known, appended)
+
+    @precondition(lambda self: any(self.pending.values()))
+    @rule(data=st.data())
+    def seal(self, data: st.DataObject) -> None:
+        """Cut a window's next batch."""
+        self.seal_place(data.draw(st.sampled_from(sorted(place for place, events in self.pending.items() if events))))
+
+    @precondition(lambda self: self.sealed)
+    @rule(data=st.data())
+    def load(self, data: st.DataObject) -> None:
+        """A retry sends the same bytes."""
+        batch_id = data.draw(st.sampled_from(sorted(self.sealed)))
+        [load] = self.store.transact([lambda: self.store.load(batch_id, self.tick())])
+        assert load.body == self.sealed[batch_id].body
+
+    @precondition(lambda self: any(not sent.parked for sent in self.sealed.values()))
+    @rule(data=st.data())
+    def settle(self, data: st.DataObject) -> None:
+        """Upstream has taken a batch."""
+        self.settle_batch(data.draw(st.sampled_from(sorted(self.on_their_way()))))
+
+    @precondition(lambda self: any(not sent.parked for sent in self.sealed.values()))
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        """Upstream refuses a batch as it is."""
+        batch_id = data.draw(st.sampled_from(sorted(self.on_their_way())))
+        self.store.transact([lambda: self.store.park(batch_id, "400")])
+        self.sealed[batch_id].parked = True
+
+    @rule(age=st.integers(0, 40), max_marks=st.sampled_from([1_000, 1_000, 5]))
+    def prune(self, age: int, max_marks: int) -> None:
+        """Old marks of sessions with nothing in the spool are forgotten, and then the sessions and keys."""
+        before = self.now - age
+        newest = self.db.execute("SELECT coalesce(max(id), 0) FROM mark").get
+        beyond = {
+            row[0] for row in self.db.execute("SELECT accepted_at FROM mark WHERE id <= ?", (newest - max_marks,))
+        }
+        busy = {place[:2] for place, events in self.pending.items() if events}
+        busy |= {sent.place[:2] for sent in self.sealed.values()}
+        live = {identity[:2] for identity, marks in self.marks.items() for _, _, at in marks.values() if at >= before}
+        forgotten = 0
+        for identity, marks in self.marks.items():
+            for window, (first, count, at) in list(marks.items()):
+                is_old = at in beyond or (at < before and identity[:2] not in live)
+                if is_old and identity[:2] not in busy:
+                    del marks[window]
+                    forgotten += 1
+                    begin = identity[2] * 16_384 + first
+                    self.upstream.get(identity[:2], set()).difference_update(range(begin, begin + count))
+        remembered = {identity[:2] for identity, marks in self.marks.items() if marks}
+        self.rows = {place: row for place, row in self.rows.items() if place[:2] in remembered | busy}
+        assert self.store.transact([lambda: self.store.prune(before, max_marks, before)]) == [forgotten]
+
+    @rule()
+    def crash(self) -> None:
+        """The process dies between groups: what a copy of the files holds is what the next start finds."""
+        self.reopen_a_copy()
+        for batch_id, sent in self.sealed.items():
+            [load] = self.store.transact([lambda batch_id=batch_id: self.store.load(batch_id, self.now)])  # type: ignore[misc]
+            assert load.body == sent.body
+
+    @rule(drawn=batches, with_commit=st.booleans())
+    def crash_in_a_group(self, drawn: tuple[Any, ...], with_commit: bool) -> None:
+        """The process dies within a group: nothing of it is stored."""
+        batch, _ = self.prepare(drawn)
+        sealable = [self.rows[place][2] for place, events in self.pending.items() if events]
+        travelling = self.on_their_way()
+
+        def die() -> None:
+            raise Crash
+
+        steps: list[Callable[[], Any]] = [lambda: self.store.append(batch)]
+        steps += [lambda: self.store.seal(sealable[0], self.now)] if sealable else []
+        steps += [lambda: self.store.settle(travelling[0])] if travelling else []
+        try:
+            self.store.transact([*steps, die])
+        except Crash:
+            self.reopen_a_copy()
+
+    def reopen_a_copy(self) -> None:
+        """Continue on what the file system holds now."""
+        old = self.directory
+        self.generation += 1
+        self.directory.mkdir()
+        for suffix in ("", "-wal"):
+            if (source := old / f"{schema.DATABASE_NAME}{suffix}").exists():
+                shutil.copy(source, self.directory)
+        if self.db.in_transaction:
+            self.db.execute("ROLLBACK")
+        self.close_old(old)
+        self.open()
+
+    def close_old(self, old: Path) -> None:
+        """Let go of the crashed generation."""
+        self.close()
+        shutil.rmtree(old)
+
+    # -- what sealing and settling mean
+
+    def on_their_way(self) -> list[int]:
+        """Return sealed batches that are not parked."""
+        return [batch_id for batch_id, sent in self.sealed.items() if not sent.parked]
+
+    def left_of(self, key: str, session: str) -> int:
+        """Return the session's accepted events that are not upstream."""
+        mine = [events for place, events in self.pending.items() if place[:2] == (key, session)]
+        return sum(map(len, mine)) + sum(
+            len(sent.addresses) for sent in self.sealed.values() if sent.place[:2] == (key, session)
+        )
+
+    def seal_place(self, place: Place) -> bool:
+        """Seal, and hold the cut against the model."""
+        window = self.pending[place]
+        left = self.left_of(*place[:2])
+        [load] = self.store.transact([lambda: self.store.seal(self.rows[place][2], self.tick())])
+        if isinstance(load, Exception):
+            raise load
+        if load is None:
+            first = window[min(window)]
+            assert first.of_final, "only a final waits"
+            assert left > len(window), "and only for others"
+            return False
+        assert isinstance(load, Load)
+        sent = read_upstream(load.body)
+        addresses = sorted(window)[: len(sent.events)]
+        events = [window.pop(address) for address in addresses]
+        assert (sent.session, sent.window, sent.sequence) == (place[1], place[2], addresses[0])
+        assert list(sent.events) == [event.text for event in events]
+        assert {sent.envelope["page"]["url"]} == {event.page for event in events}
+        assert sent.last_activity == max(event.last_activity for event in events)
+        assert len(events) <= LIMITS.max_events
+        assert sent.size <= LIMITS.max_bytes or len(events) == 1
+        assert not any(event.ends_session for event in events[:-1]), "something is merged behind a final"
+        if sent.is_final:
+            assert events[-1].ends_session
+            assert left == len(events), "a final overtook the rest of its session"
+        if events[-1].ends_session and left == len(events):
+            assert sent.is_final
+        if window and not events[-1].ends_session:
+            following = window[min(window)]
+            assert (
+                following.of_final
+                or following.page != events[0].page
+                or len(events) == LIMITS.max_events
+                or sent.size + 1 + len(following.text) + SLACK_BYTES > LIMITS.max_bytes
+            ), "a batch left room that the next event would have used"
+        upstream = self.upstream.setdefault(place[:2], set())
+        assert upstream.isdisjoint(addresses), "an address was given out twice"
+        upstream.update(addresses)
+        sealed = load.batch
+        assert (sealed.event_count, sealed.is_final, sealed.sequence) == (len(events), sent.is_final, addresses[0])
+        assert (load.next_oldest_at is None) == (not window)
+        self.sealed[sealed.batch_id] = Sent(place, addresses, load.body)
+        return True
+
+    def settle_batch(self, batch_id: int) -> None:
+        """Settle, in the store and in the model."""
+        assert self.store.transact([lambda: self.store.settle(batch_id)]) == [None]
+        self.delivered += len(self.sealed.pop(batch_id).addresses)
+
+    # -- what always holds
+
+    @invariant()
+    def is_accounted(self) -> None:
+        """The account is balanced, and is the model's."""
+        if not self.generation and not hasattr(self, "store"):
+            return
+        parked = sum(len(sent.addresses) for sent in self.sealed.values() if sent.parked)
+        sealed = sum(len(sent.addresses) for sent in self.sealed.values()) - parked
+        assert_accounted(
+            self.spool._read_account(),
+            accepted=self.accepted,
+            delivered=self.delivered,
+            pending=sum(map(len, self.pending.values())),
+            sealed=sealed,
+            parked=parked,
+        )
+
+    @invariant()
+    def leaves_no_orphans(self) -> None:
+        """Every row is there for another, and every event is in one row."""
+        if not hasattr(self, "store"):
+            return
+        for sql in (
+            "SELECT id FROM body WHERE id NOT IN (SELECT body_id FROM segment)",
+            "SELECT body_id FROM segment GROUP BY body_id HAVING count(*) > 1",
+            "SELECT body_id FROM segment WHERE body_id NOT IN (SELECT id FROM body)",
+            "SELECT id FROM envelope WHERE id NOT IN (SELECT envelope_id FROM segment)",
+            "SELECT envelope_id FROM segment WHERE envelope_id NOT IN (SELECT id FROM envelope)",
+            "SELECT batch_id FROM segment WHERE batch_id IS NOT NULL AND batch_id NOT IN (SELECT id FROM batch)",
+            "SELECT id FROM batch WHERE events != (SELECT sum(events) FROM segment WHERE batch_id = batch.id)",
+            "SELECT window_id FROM segment WHERE window_id NOT IN (SELECT id FROM window)",
+            "SELECT id FROM window WHERE session_id NOT IN (SELECT id FROM session)",
+            "SELECT id FROM session WHERE id NOT IN (SELECT session_id FROM mark)",
+            "SELECT id FROM key WHERE id NOT IN (SELECT key_id FROM session)",
+            "SELECT session_id FROM mark WHERE session_id NOT IN (SELECT id FROM session)",
+        ):
+            assert self.db.execute(sql).fetchall() == [], sql
+        held = [
+            (window_id, address)
+            for window_id, first, events in self.db.execute("SELECT window_id, address, events FROM segment")
+            for address in range(first, first + events)
+        ]
+        expected = {(self.rows[place][2], address) for place, events in self.pending.items() for address in events}
+        expected |= {(self.rows[s.place][2], address) for s in self.sealed.values() for address in s.addresses}
+        assert len(held) == len(set(held))
+        assert set(held) == expected
+
+    def teardown(self) -> None:
+        """Whatever happened, all of it can be delivered, but for finals that wait for a parked batch."""
+        try:
+            if hasattr(self, "store"):
+                self.drain()
+                self.close()
+        finally:
+            self.root.cleanup()
+
+    def drain(self) -> None:
+        """Settle and seal until nothing moves."""
+        moved = True
+        while moved:
+            moved = False
+            for batch_id in self.on_their_way():
+                self.settle_batch(batch_id)
+            for place in [place for place, events in self.pending.items() if events]:
+                moved = self.seal_place(place) or moved
+        stuck = {sent.place[:2] for sent in self.sealed.values()}
+        for place, events in self.pending.items():
+            assert not events or (place[:2] in stuck and events[min(events)].of_final)
+        self.is_accounted()
+
+
+StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=40, deadline=None)
+TestStore = StoreMachine.TestCase
