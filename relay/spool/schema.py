@@ -121,13 +121,15 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
         if vfs is None:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = apsw.Connection(str(path), vfs=vfs)
+        is_new = _is_new(connection, path)  # before the pragmas, which change what is not ours too
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {'FULL' if durability == 'fsync' else 'NORMAL'}")
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
-        _check_version(connection, path)
+        if is_new:
+            _create_tables(connection)
     except OSError as error:
         raise SpoolUnavailable(f"spool database {path} cannot be opened: {error.strerror}") from error
     except apsw.NotADBError as error:
@@ -139,22 +141,32 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
     return connection
 
 
-def _check_version(connection: apsw.Connection, path: Path) -> None:
+def _is_new(connection: apsw.Connection, path: Path) -> bool:
+    """Return whether the database has no tables yet; changes nothing.
+
+    Raises:
+        SpoolSchemaMismatch: It has some that are not ours.
+    """
     version = connection.pragma("user_version")
     owner = connection.pragma("application_id")
     if version == 0 and owner == 0 and not connection.execute("SELECT 1 FROM sqlite_schema").fetchall():
-        with connection:
-            connection.execute(_TABLES)
-            connection.executemany("INSERT INTO counter VALUES (?, 0)", [(name,) for name in COUNTERS])
-            connection.pragma("application_id", APPLICATION_ID)
-            connection.pragma("user_version", SCHEMA_VERSION)
-    elif owner != APPLICATION_ID:
+        return True
+    if owner != APPLICATION_ID:
         raise SpoolSchemaMismatch(f"{path} is the database of another program: give the relay another spool.directory")
-    elif version != SCHEMA_VERSION:
+    if version != SCHEMA_VERSION:
         raise SpoolSchemaMismatch(
             f"{path} has schema version {version}, this relay writes version {SCHEMA_VERSION}: run the release that "
             "wrote it until `lucent-relay status` shows nothing spooled, or give this one another spool.directory"
         )
+    return False
+
+
+def _create_tables(connection: apsw.Connection) -> None:
+    with connection:
+        connection.execute(_TABLES)
+        connection.executemany("INSERT INTO counter VALUES (?, 0)", [(name,) for name in COUNTERS])
+        connection.pragma("application_id", APPLICATION_ID)
+        connection.pragma("user_version", SCHEMA_VERSION)
 
 
 def open_reader(path: Path, vfs: str | None = None) -> apsw.Connection:
