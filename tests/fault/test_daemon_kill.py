@@ -18,6 +18,8 @@ from tests.system.daemon import Site
 from tests.system.laws import assert_accounted
 from tests.system.traffic import make_batch, make_events
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("LUCENT_RELAY_KILL_ROUNDS", "8"))
 """Kills under load; one takes about a second."""
 
@@ -41,7 +43,6 @@ async def play_until(site: Site, name: str, is_over: trio.Event) -> None:
                 return
 
 
-@pytest.mark.slow
 async def test_kill_under_load(site: Site) -> None:
     """Killed again and again among clients and a failing upstream, the relay loses nothing and repeats nothing."""
     chance = random.Random(8)
@@ -61,7 +62,6 @@ async def test_kill_under_load(site: Site) -> None:
     await assert_accounted(site)
 
 
-@pytest.mark.slow
 async def test_kill_after_yes(site: Site) -> None:
     """A relay that is killed the moment its 200 is on the wire has the batch on disk."""
     await site.start_sandbox()
@@ -77,7 +77,6 @@ async def test_kill_after_yes(site: Site) -> None:
     await assert_accounted(site)
 
 
-@pytest.mark.slow
 async def test_kill_while_starting(site: Site) -> None:
     """A start that is killed at any point of it harms neither the backlog nor the next start."""
     await site.start_sandbox()
@@ -95,7 +94,6 @@ async def test_kill_while_starting(site: Site) -> None:
     await assert_accounted(site)
 
 
-@pytest.mark.slow
 async def test_kill_while_stopping(site: Site) -> None:
     """Killed between SIGTERM and exit, with batches at upstream and a request in hand, the relay sends on later."""
     await site.start_sandbox("--latency", "0.5")

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import trio
 
@@ -184,6 +185,12 @@ class Relay(Process):
         """Wait until it listens."""
         self.url = (await self.logged("relay listening"))["urls"]
         self.admin = (await self.logged("admin listening"))["urls"]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where its ingest API listens."""
+        parts = urlsplit(self.url)
+        return str(parts.hostname), int(parts.port or 0)
 
     async def status(self) -> dict[str, Any]:
         """Return what it says of itself."""

@@ -11,6 +11,8 @@ from tests.system.daemon import Site
 from tests.system.laws import assert_accounted
 from tests.system.traffic import Batch, read_batch
 
+pytestmark = pytest.mark.slow
+
 RECORDINGS = Path(__file__).parents[2] / "relay" / "demo" / "recordings"
 
 
@@ -20,7 +22,6 @@ def read_recording(path: Path) -> list[Batch]:
     return [read_batch(line) for line in lines]
 
 
-@pytest.mark.slow
 async def test_recordings_arrive(site: Site) -> None:
     """Every recorded session arrives byte for byte, at once, in fewer requests than the key has in a minute."""
     recordings = [read_recording(path) for path in sorted(RECORDINGS.glob("*.jsonl.zst"))]

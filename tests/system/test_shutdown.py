@@ -1,0 +1,142 @@
+"""How a relay ends: in order, in time, and with nothing lost."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import trio
+
+from tests.system.daemon import Relay, Site
+from tests.system.laws import assert_accounted
+from tests.system.traffic import KEY, TARGET, make_batch
+from tests.system.wire import connect
+
+pytestmark = pytest.mark.slow
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+
+
+@BOTH
+async def test_request_in_hand_is_finished(site: Site, number: signal.Signals) -> None:
+    """A request that lacks one byte when the signal comes is answered once it is whole, and is there after a restart.
+
+    A connection without a request is closed, and no other is opened.
+    """
+    await site.start_sandbox()
+    relay = await site.start_relay({"batch": {"linger_seconds": 3_600}})
+    batch = make_batch("s1", 0)
+    head = (
+        f"POST {TARGET} HTTP/1.1\r\nHost: relay\r\nX-Lucent-Api-Key: {KEY}\r\nContent-Length: {len(batch.body)}\r\n\r\n"
+    )
+    async with await connect(relay.url) as busy, await connect(relay.url) as idle:
+        await busy.stream.send_all(head.encode() + batch.body[:-1])
+        await relay.until("all but a byte to arrive", lambda status: status["listener"]["buffered_bytes"])
+        relay.signal(number)
+        await relay.logged("stopping")
+        with trio.fail_after(10):
+            assert await idle.stream.receive_some() == b""
+        with pytest.raises(OSError, match="connect"):
+            await trio.open_tcp_stream(*relay.address)
+        await busy.stream.send_all(batch.body[-1:])
+        reply = bytes(await busy.stream.receive_some())
+    assert reply.startswith(b"HTTP/1.1 200 ")
+    site.sent.add(batch)
+    assert await relay.wait() == 0
+    await site.start_relay({"batch": {"linger_seconds": 0}})
+    await assert_accounted(site)
+
+
+async def test_delivery_in_flight_is_finished(site: Site) -> None:
+    """What is at upstream when the signal comes is settled; the backlog behind it is left for the next start."""
+    await site.start_sandbox("--latency", "0.5")
+    relay = await site.start_relay({"forward": {"max_in_flight_per_key": 1}})
+    await site.post(make_batch("s1", 0), make_batch("s2", 0))
+    await relay.until("a delivery", lambda status: status["forward"]["in_flight"])
+    await relay.stop()
+    report = await site.sandbox.report()
+    assert report["stored_batches"] == 1
+    await site.start_relay()
+    await assert_accounted(site)
+    assert (await site.sandbox.report())["repeated_batches"] == 0
+
+
+async def test_deadline_holds_while_upstream_hangs(site: Site) -> None:
+    """An upstream that does not answer delays the end until the deadline, which is an orderly end."""
+    await site.start_sandbox("--latency", "3600")
+    relay = await site.start_relay({"shutdown": {"deadline_seconds": 1}})
+    await site.post(make_batch("s1", 0))
+    await relay.until("a delivery", lambda status: status["forward"]["in_flight"])
+    relay.signal(signal.SIGTERM)
+    assert await relay.wait(seconds=10) == 0
+    await site.sandbox.fault()
+    await site.start_relay()
+    await assert_accounted(site)
+
+
+async def connect_deaf(url: str) -> trio.SocketStream:
+    """Return a connection whose receiving end holds next to nothing."""
+    parts = urlsplit(url)
+    deaf = trio.socket.socket()
+    deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    await deaf.connect((parts.hostname, parts.port))
+    return trio.SocketStream(deaf)
+
+
+async def fill_relay(relay: Relay, stream: trio.SocketStream) -> None:
+    """Send requests until the relay answers no more, in handfuls: it ends connections that ask for much at once."""
+    asked = 0
+    while True:
+        await stream.send_all(f"OPTIONS {TARGET} HTTP/1.1\r\nHost: relay\r\n\r\n".encode() * 50)
+        asked += 50
+        served = partial(_has_served, requests=asked)
+        with trio.move_on_after(1) as patience:
+            await relay.until("an answer", served)
+        if patience.cancelled_caught:
+            return
+
+
+def _has_served(status: dict[str, Any], requests: int) -> bool:
+    return bool(status["listener"]["requests_total"] >= requests)
+
+
+async def fill_admin(_relay: Relay, stream: trio.SocketStream) -> None:
+    """Send requests until the admin listener reads no more."""
+    while True:
+        with trio.move_on_after(1) as patience:
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: relay\r\n\r\n" * 100)
+        if patience.cancelled_caught:
+            return
+
+
+@pytest.mark.parametrize("fill", [fill_relay, fill_admin])
+async def test_deadline_holds_while_a_client_does_not_read(
+    site: Site, fill: Callable[[Relay, trio.SocketStream], Awaitable[None]]
+) -> None:
+    """A client that asks and asks and never reads an answer cannot keep the relay from ending."""
+    relay = await site.start_relay({"shutdown": {"deadline_seconds": 1}})
+    async with await connect_deaf(relay.url if fill is fill_relay else relay.admin) as stream:
+        await fill(relay, stream)
+        relay.signal(signal.SIGTERM)
+        assert await relay.wait(seconds=10) == 0
+
+
+@BOTH
+async def test_second_signal_ends_at_once(site: Site, number: signal.Signals) -> None:
+    """Who asks twice does not wait: the relay ends, by 0, since what it accepted is on disk."""
+    await site.start_sandbox("--latency", "3600")
+    relay = await site.start_relay({"shutdown": {"deadline_seconds": 3_600}})
+    await site.post(make_batch("s1", 0))
+    await relay.until("a delivery", lambda status: status["forward"]["in_flight"])
+    relay.signal(number)
+    await relay.logged("stopping")
+    relay.signal(number)
+    assert await relay.wait() == 0
+    await site.sandbox.fault()
+    await site.start_relay()
+    await assert_accounted(site)
