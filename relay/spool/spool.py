@@ -5,7 +5,8 @@ Rules:
    being committed, so the slower the disk, the larger the groups.
 2. A step's waiter resumes only after its commit (law 1). Cancelling the waiter does not cancel the step.
 3. What was accepted is announced to `on_appended` in order of commit, before any waiter resumes.
-4. Reading for operators (`account`) has a connection of its own and never delays the writer.
+4. Reading for operators (`account`) has a connection of its own, one reading at a time, and never delays the writer.
+5. Being cancelled from outside does not stop the writer before `close` has: what was submitted is committed.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ _PRUNE_SECONDS = 1.0
 
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
+
+_CLOSE_SECONDS = 10.0
+"""Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
 
 log = structlog.get_logger()
 
@@ -116,6 +120,8 @@ class Spool:
         self._now = now
         self._gathering = _Group()
         self._work = trio.Event()
+        self._reading = trio.Lock()
+        self._writing = trio.CancelScope(shield=True)  # until `close`, which has a deadline
         self._closing = False
         self._used_bytes = store.used_bytes()
         self._free_bytes = store.free_bytes()
@@ -191,7 +197,8 @@ class Spool:
 
     async def account(self) -> Account:
         """Return the conservation account of one instant, read from the disk."""
-        account: Account = await self._run(self._read_account)
+        async with self._reading:
+            account: Account = await self._run(self._read_account)
         return account
 
     def _read_account(self) -> Account:
@@ -260,7 +267,11 @@ class Spool:
         return result
 
     async def commit_groups(self) -> None:
-        """Commit group after group, until cancelled; a group that was begun is finished first."""
+        """Commit group after group, until `close`."""
+        with self._writing:
+            await self._commit_groups()
+
+    async def _commit_groups(self) -> None:
         while True:
             await self._work.wait()
             group, self._gathering, self._work = self._gathering, _Group(), trio.Event()
@@ -286,7 +297,10 @@ class Spool:
 
     def _commit(self, steps: list[Step]) -> tuple[list[Any], int, int]:
         results = self._store.transact(steps)
-        return results, self._store.used_bytes(), self._store.free_bytes()
+        try:
+            return results, self._store.used_bytes(), self._store.free_bytes()
+        except (apsw.Error, OSError):  # a disk that cannot say takes nothing more, but it has taken this
+            return results, self._used_bytes, 0
 
     async def keep_house(self) -> None:
         """Forget old marks and attempts, and notice when a disk works again, until cancelled."""
@@ -306,14 +320,12 @@ class Spool:
                 continue  # logged where the commit failed
 
     async def close(self) -> None:
-        """Commit what was submitted, then refuse everything."""
+        """Commit what was submitted, as far as `_CLOSE_SECONDS` allow, then end the writer."""
         self._closing = True
-        while self._gathering.steps:
-            await self._gathering.committed.wait()
-
-
-_CLOSE_SECONDS = 10.0
-"""Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
+        with trio.move_on_after(_CLOSE_SECONDS, shield=True):
+            while self._gathering.steps:
+                await self._gathering.committed.wait()
+        self._writing.cancel()
 
 
 @asynccontextmanager
@@ -357,8 +369,7 @@ async def open_spool(
                     try:
                         yield spool
                     finally:
-                        with trio.move_on_after(_CLOSE_SECONDS, shield=True):
-                            await spool.close()
+                        await spool.close()
                         nursery.cancel_scope.cancel()
             finally:
                 reader.close()
