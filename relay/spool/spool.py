@@ -119,6 +119,9 @@ class Spool:
         self._run = run
         self._now = now
         self._gathering = _Group()
+        self._taken = _Group()
+        """The group that is being committed, or was last."""
+        self._taken.committed.set()
         self._work = trio.Event()
         self._reading = trio.Lock()
         self._writing = trio.CancelScope(shield=True)  # until `close`, which has a deadline
@@ -274,7 +277,8 @@ class Spool:
     async def _commit_groups(self) -> None:
         while True:
             await self._work.wait()
-            group, self._gathering, self._work = self._gathering, _Group(), trio.Event()
+            group = self._taken = self._gathering
+            self._gathering, self._work = _Group(), trio.Event()
             group.taken.set()
             try:
                 group.results, self._used_bytes, self._free_bytes = await self._run(partial(self._commit, group.steps))
@@ -325,6 +329,7 @@ class Spool:
         with trio.move_on_after(_CLOSE_SECONDS, shield=True):
             while self._gathering.steps:
                 await self._gathering.committed.wait()
+            await self._taken.committed.wait()
         self._writing.cancel()
 
 
