@@ -6,27 +6,30 @@ Rules:
 1. An answer's status, body and headers are those of the listener; only `date`, `connection` and their order are the
    engine's.
 2. A body is bounded in size by its route and in time by `BODY_SECONDS`; Hypercorn bounds neither.
-3. What goes wrong in Hypercorn itself ends connections, never this process.
+3. What goes wrong in Hypercorn ends one connection. Its own `serve` would end with it: in 0.18 a client that leaves
+   while its body is refused makes two of a connection's tasks send at once (`BusyResourceError`). So connections are
+   accepted, bounded and contained here, and Hypercorn gets them one by one.
 4. Hypercorn says nothing on its own: no access log, no banner. Its warnings and errors go where ours go.
 
-Not here: a bound on connections, which Hypercorn does not have. So this engine belongs on an address that only
-operators reach.
+Not here: a rate for slow clients, or a bound on what a client leaves unread. So this engine belongs on an address that
+only operators reach.
 """
 
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Final, TypeAlias, cast
 
-import hypercorn.trio
 import structlog
 import trio
 from hypercorn.config import Config
 from hypercorn.logging import Logger
-from hypercorn.typing import Framework
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, Framework
+from hypercorn.utils import wrap_app
 
 from relay.http.connection import body_too_large
 from relay.http.listener import open_listeners
@@ -44,8 +47,8 @@ AsgiApp: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 BODY_SECONDS: Final = 30.0
 """Time for a whole request body; what is sent here is smaller than the listener's bodies, which have a rate."""
 
-KEEP_ALIVE_SECONDS: Final = 30.0
-"""Idle connections; twice the usual interval of a Prometheus scrape, so that a scraper keeps its connection."""
+KEEP_ALIVE_SECONDS: Final = 5.0
+"""Idle connections. Short, because Hypercorn keeps a connection that its client closed for as long."""
 
 GRACEFUL_SECONDS: Final = 2.0
 """Time for requests in hand at shutdown. Hypercorn shields its writes, so the process has a deadline of its own."""
@@ -53,8 +56,8 @@ GRACEFUL_SECONDS: Final = 2.0
 READ_SECONDS: Final = 60.0
 """Longest silence of a client, the time its answer takes included; above both of the former."""
 
-RESTART_SECONDS: Final = 0.1
-"""Pause before Hypercorn is started again; so that a lasting failure does not keep a core busy."""
+MAX_CONNECTIONS: Final = 256
+"""Open connections; a further one is closed. With the above, probes may come 50 times a second, each on its own."""
 
 MAX_HEADER_BYTES: Final = 16_384
 """Request line and headers; half of the listener's, since nobody sends cookies of an application here."""
@@ -71,7 +74,7 @@ def asgi_app(router: Router) -> AsgiApp:
             request = _request_of(scope)
             found = router.match(request)
             response = await _respond(request, found, receive)
-            if response is not None and response.status:
+            if response.status:
                 await _send_response(request, found, response, send)
         elif scope["type"] == "lifespan":
             await _live(receive, send)
@@ -100,50 +103,46 @@ async def serve_asgi(
         ConfigError: The address cannot be read.
         OSError: It cannot be listened on; the message names it.
     """
-    async with AsyncExitStack() as closing:
-        listeners = await open_listeners(address)
-        for listener in listeners:
-            await closing.enter_async_context(listener)
-        task_status.started([_url_of(listener) for listener in listeners])
-        app = cast(Framework, asgi_app(router))
+    listeners = await open_listeners(address)
+    app = wrap_app(cast(Framework, asgi_app(router)), 0, "asgi")
+    config = _config()
+    context = WorkerContext(None)
+    open_connections = 0
 
-        async def serve() -> None:
-            # Hypercorn takes the duplicates and closes them; ours outlive it.
-            binds = [f"fd://{os.dup(listener.socket.fileno())}" for listener in listeners]
-            await hypercorn.trio.serve(app, _config_of(binds), shutdown_trigger=shutdown.wait, mode="asgi")
-
-        await keep_serving(serve, shutdown)
-
-
-async def keep_serving(serve: Callable[[], Awaitable[None]], shutdown: trio.Event) -> None:
-    """Call `serve` again whenever it fails, until it returns or `shutdown` is set.
-
-    Hypercorn 0.18 lets what fails in one connection's task end the server: a client that leaves while its body is
-    refused makes two of its tasks send at once (`BusyResourceError`). So the damage is kept to the connections of
-    the moment; new ones wait in the backlog of sockets that stay open.
-    """
-    while not shutdown.is_set():
+    async def serve_connection(stream: trio.SocketStream) -> None:
+        nonlocal open_connections
+        if open_connections >= MAX_CONNECTIONS:
+            return  # trio closes it
+        open_connections += 1
         try:
-            await serve()
-            return
-        except (OSError, BaseExceptionGroup) as failure:
-            if isinstance(failure, BaseExceptionGroup):
-                _, others = failure.split(Exception)
-                if others is not None:  # cancelled
-                    raise others from None
-            log.warning("hypercorn failed, starting again", exc_info=True)
-        with trio.move_on_after(RESTART_SECONDS):
+            # It runs when awaited; its type knows SSL streams only.
+            await TCPServer(app, config, context, ConnectionState({}), cast(Any, stream))
+        except BaseExceptionGroup as failure:  # what its nursery makes of any
+            _, cancelled = failure.split(Exception)
+            if cancelled is not None:
+                raise cancelled from None
+            log.warning("hypercorn failed on a connection", exc_info=True)
+        finally:
+            open_connections -= 1
+
+    async with trio.open_nursery() as connections:
+        async with trio.open_nursery() as accepting:
+            accepting.start_soon(
+                partial(trio.serve_listeners, serve_connection, listeners, handler_nursery=connections)
+            )
+            task_status.started([_url_of(listener) for listener in listeners])
             await shutdown.wait()
+            accepting.cancel_scope.cancel()
+        await context.terminated.set()
+        connections.cancel_scope.deadline = trio.current_time() + GRACEFUL_SECONDS
 
 
-def _config_of(binds: list[str]) -> Config:
+def _config() -> Config:
     config = Config()
-    config.bind = binds
     config.logger_class = HypercornLogger
     config.accesslog = config.errorlog = None
     config.include_server_header = False
     config.keep_alive_timeout = KEEP_ALIVE_SECONDS
-    config.graceful_timeout = config.shutdown_timeout = GRACEFUL_SECONDS
     config.read_timeout = int(READ_SECONDS)
     config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEADER_BYTES
     return config
@@ -207,8 +206,8 @@ def _request_of(scope: Message) -> Request:
     )
 
 
-async def _respond(request: Request, found: Match | Response, receive: Receive) -> Response | None:
-    """Return the answer; None where the client is gone."""
+async def _respond(request: Request, found: Match | Response, receive: Receive) -> Response:
+    """Return the answer; `HANG_UP` where the client is gone."""
     if isinstance(found, Response):
         return found
     try:
@@ -220,7 +219,7 @@ async def _respond(request: Request, found: Match | Response, receive: Receive) 
         with trio.move_on_after(BODY_SECONDS):
             refusal = await _read_body(request, found.route.max_body_bytes, receive)
         if refusal is not None:
-            return refusal if refusal.status else None
+            return refusal
         return await found.handler(request)
     except Exception:
         log.exception("handler failed", method=request.method, path=request.path)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
-import trio.testing
 from structlog.testing import capture_logs
 
 from relay.config import Listen
 from relay.errors import ConfigError
-from relay.http.asgi import keep_serving, serve_asgi
+from relay.http.asgi import MAX_CONNECTIONS, serve_asgi
 from relay.http.listener import HttpListener, open_listeners
 from relay.http.message import JSON, Request, Response, error_response, json_response
 from relay.http.router import Route, Router
@@ -190,41 +188,17 @@ async def test_hypercorn_ends_when_it_is_told_to() -> None:
         await listener.aclose()
 
 
-async def test_a_failure_within_hypercorn_is_survived(autojump_clock: trio.testing.MockClock) -> None:
-    """Whatever its tasks raise, the server is started again, until it is told to end."""
-    shutdown = trio.Event()
-    starts = 0
-
-    async def serve() -> None:
-        nonlocal starts
-        starts += 1
-        if starts == 1:
-            raise OSError(errno.EMFILE, "no descriptor left")
-        async with trio.open_nursery():
-            if starts == 3:
-                shutdown.set()
-            raise trio.BusyResourceError("two tasks send")
-
-    with capture_logs() as logs:
-        await keep_serving(serve, shutdown)
-    assert [entry["event"] for entry in logs] == ["hypercorn failed, starting again"] * 3
-
-
-async def test_cancelling_hypercorn_is_not_taken_for_a_failure() -> None:
-    """A cancel passes, together with what fails because of it."""
-
-    async def serve() -> None:
-        async with trio.open_nursery() as nursery:
-            try:
-                await trio.sleep_forever()
-            finally:
-                nursery.start_soon(trio.sleep_forever)
-                raise trio.BusyResourceError("closed under a sender")
-
-    with trio.CancelScope() as scope:
-        scope.cancel()
-        await keep_serving(serve, trio.Event())
-    assert scope.cancelled_caught
+async def test_hypercorn_connections_are_bounded() -> None:
+    """A connection beyond `MAX_CONNECTIONS` is closed, and costs the others nothing."""
+    async with trio.open_nursery() as nursery:
+        port = await serve_hypercorn(nursery)
+        async with AsyncExitStack() as open_ones:
+            clients = [await open_ones.enter_async_context(await connect(port)) for _ in range(MAX_CONNECTIONS)]
+            assert (await clients[-1].ask(REQUESTS["GET"]))[0] == 200
+            async with await connect(port) as refused:
+                assert await refused.read_to_end() == b""
+            assert (await clients[0].ask(REQUESTS["GET"]))[0] == 200
+        nursery.cancel_scope.cancel()
 
 
 async def test_both_engines_refuse_bad_addresses_alike() -> None:
