@@ -19,7 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from relay.config import Batch
 from relay.demo.audit import Result
+from relay.demo.session import MAX_EVENTS
 
 LINE_SECONDS = 2.0
 """Between two plain lines: ten for a whole demo."""
@@ -28,7 +30,7 @@ BAR_CHARACTERS = 32
 """Leaves room for the numbers in 80 columns."""
 
 NEXT_STEPS = (
-    "Next: `make run` starts a relay in front of Lucent with config/relay.toml (without make: `lucent-relay run`);",
+    "Next: make run (or lucent-relay run) starts a relay in front of Lucent;",
     "README.md goes on under Five minutes with the sandbox.",
 )
 """Where to go from here."""
@@ -64,7 +66,7 @@ class Progress(msgspec.Struct, frozen=True):
     def phase(self) -> str:
         """What is going on, in words."""
         if self.budget_used >= self.budget and self.events_delivered < self.events_accepted:
-            return "the key's minute is spent: the relay keeps accepting, and waits for the next free request"
+            return "the key's minute is spent: the relay goes on accepting, and waits"
         if self.batches_sent < self.batches:
             return "the sessions play"
         return "all sessions are sent; the relay delivers the rest"
@@ -143,44 +145,56 @@ def draw(progress: Progress) -> Group:
 
 
 def print_result(result: Result, speed: float, stream: TextIO) -> None:
-    """Print the table, the verdict and what to do next."""
-    console = Console(file=stream, highlight=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("")
-    table.add_column("clients to relay", justify="right")
-    table.add_column("relay to upstream", justify="right")
-    table.add_row("requests", f"{result.client_requests:,}", f"{result.upstream_requests:,}")
-    table.add_row(
-        "minutes of a key's budget", *map(_minutes, (result.budget_minutes_direct, result.budget_minutes_relay))
-    )
-    table.add_row("bytes, gzip", f"{result.bytes_in_wire:,}", f"{result.bytes_out:,}")
-    table.add_row("bytes, JSON", f"{result.bytes_in_json:,}", f"{result.bytes_out_json:,}")
-    table.add_row("events", f"{result.events_accepted:,} accepted", f"{result.events_delivered:,} delivered")
-    table.add_row("  lost", "", f"{result.events_lost:,}")
-    table.add_row("  duplicated", "", f"{result.events_duplicated:,}")
-    table.add_row("  out of order", "", f"{result.events_misordered:,}")
-    table.add_row("answered 429, too many requests", "", f"{result.rate_limited:,}")
+    """Print what was played, the figures, the verdict, and what to do next."""
+    console = Console(file=stream, highlight=False)
+    times = "" if speed == 1 else f"{speed:g} times "
     console.print(
-        f"{result.sessions:,} recorded sessions, {speed:g} times as fast as life, through a relay to a stand-in for "
-        f"Lucent: {result.seconds:.0f} s.",
-        f"Clients sent at most 20 events a batch; with the SDK's flush every 10 s it was {result.recorded_batches:,} "
-        "batches.",
-        "",
-        sep="\n",
+        f"{result.sessions:,} recorded sessions, {times}as fast as recorded, in {result.seconds:.0f} s. The "
+        f"clients send at most {MAX_EVENTS} events a batch; the SDK, which flushes every 10 s, made "
+        f"{result.recorded_batches:,} batches of the same."
     )
-    console.print(table)
+    if speed > 1:
+        linger = Batch().linger_seconds
+        console.print(
+            f"At this speed the {linger:g} s that the relay waits for a batch to fill span {linger * speed:g} s of a "
+            "session; with --speed 1 it merges less."
+        )
+    console.print()
+    console.print(_figures(result))
     console.print()
     if result.exactly_once:
         console.print(
-            f"It adds up: all {result.events_accepted:,} events are upstream exactly once, in order, byte for byte.",
+            f"It adds up: all {result.events_accepted:,} events are upstream exactly once, in order, unchanged.",
             style="green",
         )
     else:
         console.print("It does not add up:", style="bold red")
         for problem in result.problems:
             console.print(f"- {problem}", markup=False)
-    console.print("", *NEXT_STEPS, sep="\n", markup=False)
+    console.print()
+    for line in NEXT_STEPS:
+        console.print(line)
 
 
-def _minutes(minutes: float) -> str:
-    return f"{minutes:.2f}"
+def _figures(result: Result) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("")
+    table.add_column("clients to relay", justify="right")
+    table.add_column("relay to upstream", justify="right")
+    for label, clients, upstream in (
+        ("requests", f"{result.client_requests:,}", f"{result.upstream_requests:,}"),
+        (
+            "minutes of a key's budget",
+            f"{result.budget_minutes_direct:.2f} if sent directly",
+            f"{result.budget_minutes_relay:.2f}",
+        ),
+        ("bytes, gzip", f"{result.bytes_in_wire:,}", f"{result.bytes_out:,}"),
+        ("bytes, JSON", f"{result.bytes_in_json:,}", f"{result.bytes_out_json:,}"),
+        ("events", f"{result.events_accepted:,} accepted", f"{result.events_delivered:,} delivered"),
+        ("  lost", "", f"{result.events_lost:,}"),
+        ("  duplicated", "", f"{result.events_duplicated:,}"),
+        ("  out of order", "", f"{result.events_misordered:,}"),
+        ("answered 429, too many requests", "", f"{result.rate_limited:,}"),
+    ):
+        table.add_row(label, clients, upstream)
+    return table
