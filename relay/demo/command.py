@@ -45,7 +45,7 @@ SPEED = 10.0
 """Three minutes, the longest recording, in 18 seconds."""
 
 TIMEOUT_SECONDS = 300.0
-"""Ten times as long as the demo takes."""
+"""Enough for the recordings at life's pace, which take three minutes."""
 
 LOOK_SECONDS = 0.1
 """Between two looks at how far it is; what the eye takes for motion."""
