@@ -97,11 +97,14 @@ class Forwarder:
         async with trio.open_nursery() as deliveries, trio.open_nursery() as lanes:
             self._start_lane = partial(self._add_lane, lanes, deliveries)
             self._spool.on_appended = self._note_appended
-            await self._restore()
-            task_status.started()
-            lanes.start_soon(self._keep_house)
-            await self._stopping.wait()
-            lanes.cancel_scope.cancel()
+            try:
+                await self._restore()
+                task_status.started()
+                lanes.start_soon(self._keep_house)
+                await self._stopping.wait()
+                lanes.cancel_scope.cancel()
+            finally:
+                self._stopping.set()  # what is announced from here on is for the next run
 
     def stop(self) -> None:
         """Begin no further delivery."""
@@ -138,19 +141,30 @@ class Forwarder:
 
     async def _read_pending(self) -> None:
         """Take windows from the disk into the schedules, as many as there is room for."""
-        room = self._config.forward.max_windows
-        windows = await self._spool.pending_windows(room)
-        self._has_more = len(windows) == room
+        await self._spool.read_pending(self._config.forward.max_windows, self._note_pending)
+
+    def _note_pending(self, windows: list[PendingWindow]) -> None:
+        if self._stopping.is_set():
+            return
+        self._has_more = len(windows) == self._config.forward.max_windows
+        room = self._config.forward.max_windows - self._pending_windows()
         for window in windows:
-            lane = await self._lane(window.key_id)
-            if not lane.knows(window.window_id):
-                lane.add(window)
+            lane = self._lanes.get(window.key_id) or self._start_lane(window.key_id, window.key)
+            if lane.knows(window.window_id):
+                continue
+            if not room:
+                self._has_more = True
+                return
+            room -= 1
+            lane.add(window)
 
     async def _lane(self, key_id: int) -> Lane:
         lane = self._lanes.get(key_id)
         return lane or self._start_lane(key_id, await self._spool.key(key_id))
 
     def _note_appended(self, appended: Appended, batch: NewBatch) -> None:
+        if self._stopping.is_set():
+            return
         lane = self._lanes.get(appended.key_id) or self._start_lane(appended.key_id, batch.key)
         if not lane.knows(appended.window_id) and self._is_crowded():
             self._has_more = True
@@ -158,6 +172,7 @@ class Forwarder:
         lane.add(
             PendingWindow(
                 appended.key_id,
+                batch.key,
                 appended.session_id,
                 appended.window_id,
                 batch.event_count,
@@ -173,11 +188,12 @@ class Forwarder:
     def _add_lane(self, lanes: trio.Nursery, deliveries: trio.Nursery, key_id: int, key: str) -> Lane:
         lane = Lane(key_id, key, self._config, self._spool, self._client, self._clocks, self._counts, self._slots)
         self._lanes[key_id] = lane
+        self._scopes[key_id] = trio.CancelScope()
         lanes.start_soon(self._run_lane, lane, deliveries)
         return lane
 
     async def _run_lane(self, lane: Lane, deliveries: trio.Nursery) -> None:
-        with trio.CancelScope() as self._scopes[lane.key_id]:
+        with self._scopes[lane.key_id]:
             await lane.run(deliveries)
 
     async def _keep_house(self) -> None:

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from math import inf
 from typing import Literal, Protocol
 
@@ -272,7 +273,7 @@ class Lane:
             if choice.batch_id is not None:
                 return await self._spool.load(choice.batch_id)
             assert choice.window_id is not None  # noqa: S101 - a Choice has one or the other
-            load = await self._spool.seal(choice.window_id)
+            return await self._spool.seal(choice.window_id, partial(self._note_sealed, choice, choice.window_id))
         except SpoolUnavailable:
             self._not_before = max(self._not_before, self._clocks.monotonic() + _DISK_RETRY_SECONDS)
             if choice.batch_id is not None:
@@ -280,9 +281,12 @@ class Lane:
             else:
                 self._schedule.release(choice.session_id)
             return None
+
+    def _note_sealed(self, choice: Choice, window_id: int, load: Load | None) -> None:
+        """Bring the schedule to where the spool is; called between what was accepted before the cut and after it."""
         if load is None:
-            self._schedule.withhold(choice.session_id, choice.window_id)
-            return None
+            self._schedule.withhold(choice.session_id, window_id)
+            return
         batch = load.batch
         left_at = None if load.next_oldest_at is None else self._clocks.from_wall(load.next_oldest_at)
         self._schedule.seal(
@@ -294,7 +298,6 @@ class Lane:
         )
         reasons = self._counts.sent_by_reason
         reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
-        return load
 
     async def _attempt(self, load: Load) -> None:
         headers = (
@@ -339,9 +342,10 @@ class Lane:
                 self._clocks.wall(),
                 self._settings.retry_after_max_seconds,
             )
-            delay = delay if asked is None else asked
-            self._not_before = max(self._not_before, now + delay)
-            self._log.warning("upstream limits the key", seconds=round(delay, 1))
+            # At least the backoff for the batch itself: `Retry-After: 0` must not become a tight loop.
+            self._not_before = max(self._not_before, now + (delay if asked is None else asked))
+            delay = max(delay, asked or 0.0)
+            self._log.warning("upstream limits the key", seconds=round(self._not_before - now, 1))
         elif verdict is Verdict.HOLD:
             delay = self._settings.hold_seconds
             self._breaker.trip(now, delay)

@@ -4,7 +4,8 @@ Rules:
 1. One writer: steps run in order of submission, in groups that share a commit. The next group gathers while one is
    being committed, so the slower the disk, the larger the groups.
 2. A step's waiter resumes only after its commit (law 1). Cancelling the waiter does not cancel the step.
-3. What was accepted is announced to `on_appended` in order of commit, before any waiter resumes.
+3. What was accepted (`on_appended`) and what steps ask to have announced is announced in order of commit, before any
+   waiter resumes. So who counts along never counts twice, or not at all, what is accepted while a step is under way.
 4. Reading for operators (`account`) has a connection of its own, one reading at a time, and never delays the writer.
 5. Being cancelled from outside does not stop the writer before `close` has: what was submitted is committed.
 """
@@ -96,8 +97,8 @@ class _Group:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.batches: list[NewBatch | None] = []
-        """What a step appends; None where it does something else."""
+        self.announce: list[Callable[[Any], None] | None] = []
+        """What is to be told a step's result, if it has one."""
         self.size = 0
         self.results: list[Any] = []
         self.taken = trio.Event()
@@ -158,15 +159,24 @@ class Spool:
         Cancellation: the batch may be stored all the same.
         """
         appended: Appended = await self._submit(
-            lambda: self._store.append(batch), sum(len(segment.deflated) for segment in batch.segments), batch
+            lambda: self._store.append(batch),
+            sum(len(segment.deflated) for segment in batch.segments),
+            partial(self._announce_appended, batch),
         )
         return appended
 
+    def _announce_appended(self, batch: NewBatch, appended: Appended) -> None:
+        if appended.outcome == "stored":
+            self.on_appended(appended, batch)
+
     # -- what goes out
 
-    async def seal(self, window_id: int) -> Load | None:
-        """Cut the window's next upstream batch durably and return it; None where nothing may be sent now."""
-        return await self._step(lambda: self._store.seal(window_id, self._now()))
+    async def seal(self, window_id: int, announce: Callable[[Load | None], None]) -> Load | None:
+        """Cut the window's next upstream batch durably and return it; None where nothing may be sent now.
+
+        `announce` hears the same in order of commit (rule 3).
+        """
+        return await self._step(lambda: self._store.seal(window_id, self._now()), announce)
 
     async def load(self, batch_id: int) -> Load:
         """Return a sealed batch for another attempt."""
@@ -184,9 +194,9 @@ class Spool:
         """Return a key's secret."""
         return await self._step(lambda: self._store.key(key_id))
 
-    async def pending_windows(self, max_windows: int) -> list[PendingWindow]:
-        """Return windows with unsealed segments."""
-        return await self._step(lambda: self._store.pending_windows(max_windows))
+    async def read_pending(self, max_windows: int, announce: Callable[[list[PendingWindow]], None]) -> None:
+        """Tell `announce`, in order of commit (rule 3), the windows with unsealed segments, `max_windows` at most."""
+        await self._step(lambda: self._store.pending_windows(max_windows), announce)
 
     async def sealed_batches(self) -> list[SealedBatch]:
         """Return what was sealed and not settled."""
@@ -246,11 +256,11 @@ class Spool:
 
     # -- group commit
 
-    async def _step(self, step: Callable[[], T]) -> T:
-        result: T = await self._submit(step, 0, None)
+    async def _step(self, step: Callable[[], T], announce: Callable[[T], None] | None = None) -> T:
+        result: T = await self._submit(step, 0, announce)
         return result
 
-    async def _submit(self, step: Step, size: int, batch: NewBatch | None) -> Any:
+    async def _submit(self, step: Step, size: int, announce: Callable[[Any], None] | None) -> Any:
         if self._closing:
             raise SpoolUnavailable("the spool is closed")
         while len(self._gathering.steps) >= _MAX_GROUP_STEPS or (
@@ -260,7 +270,7 @@ class Spool:
         group = self._gathering
         position = len(group.steps)
         group.steps.append(step)
-        group.batches.append(batch)
+        group.announce.append(announce)
         group.size += size
         self._work.set()
         await group.committed.wait()
@@ -294,9 +304,9 @@ class Spool:
                 if self._failure:
                     log.warning("spool accepts batches again")
                 self._failure = ""
-            for batch, result in zip(group.batches, group.results, strict=True):
-                if batch is not None and isinstance(result, Appended) and result.outcome == "stored":
-                    self.on_appended(result, batch)
+            for announce, result in zip(group.announce, group.results, strict=True):
+                if announce is not None and not isinstance(result, Exception):
+                    announce(result)
             group.committed.set()
 
     def _commit(self, steps: list[Step]) -> tuple[list[Any], int, int]:

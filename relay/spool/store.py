@@ -424,10 +424,11 @@ class Store:
     def pending_windows(self, max_windows: int) -> list[PendingWindow]:
         """Return windows that have unsealed segments, at most `max_windows`, those of the oldest rows first."""
         rows = self._all(
-            "SELECT key_id, session_id, window_id, events, bytes, oldest, finals FROM"
+            "SELECT key_id, secret, session_id, window_id, events, bytes, oldest, finals FROM"
             " (SELECT window_id, sum(events) events, sum(events_bytes) bytes, min(accepted_at) oldest,"
             " sum(is_final) finals FROM segment WHERE batch_id IS NULL GROUP BY window_id LIMIT ?)"
-            " JOIN window ON window.id = window_id JOIN session ON session.id = session_id",
+            " JOIN window ON window.id = window_id JOIN session ON session.id = session_id"
+            " JOIN key ON key.id = key_id",
             (max_windows,),
         )
         return [PendingWindow(*row) for row in rows]

@@ -69,6 +69,8 @@ class PendingWindow(msgspec.Struct, frozen=True, gc=False):
     """A window's unsealed segments, summed up."""
 
     key_id: int
+    key: str
+    """The secret."""
     session_id: int
     window_id: int
     events: int
