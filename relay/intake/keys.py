@@ -10,6 +10,9 @@ from relay.http.message import Request
 _KEY = re.compile(r"[!-~]{1,256}")
 """Printable ASCII, since it is sent on as a header's value; Lucent's keys have about 40 characters."""
 
+_MAX_FIELDS = 100
+"""Of a query, of which a beacon has one; more are nobody's we know."""
+
 
 def find_key(request: Request, default: str) -> str | None:
     """Return the key of a request.
@@ -25,7 +28,10 @@ def find_key(request: Request, default: str) -> str | None:
     if value is not None:
         key = value.decode("latin-1").strip()
     elif request.query:
-        key = parse_qs(request.query.decode("latin-1"), max_num_fields=100).get("api_key", [""])[0]
+        try:
+            key = parse_qs(request.query.decode("latin-1"), max_num_fields=_MAX_FIELDS).get("api_key", [""])[0]
+        except ValueError:  # more fields than that
+            return None
     else:
         key = ""
     key = key or default

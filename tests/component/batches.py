@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Raw
 
 from relay.protocol.codings import SegmentDeflater, crc32
 from relay.protocol.cut import Limits, cut_runs
 from relay.protocol.replay import decode_batch
+from relay.sandbox.body import split_events
 from relay.spool.values import NewBatch, NewSegment
 
 LIMITS = Limits(500, 1_048_576)
@@ -81,11 +81,9 @@ class UpstreamBatch(msgspec.Struct, frozen=True):
 
 
 def read_upstream(body: bytes) -> UpstreamBatch:
-    """Read a gzip body by the standard library; only events' bytes are sliced by msgspec."""
+    """Read a gzip body by the standard library, and its events' bytes as the sandbox does."""
     text = gzip.decompress(body)
     value = json.loads(text)
-    sliced = msgspec.json.decode(text, type=dict[str, Raw])
-    events = msgspec.json.decode(msgspec.json.decode(sliced["replay"], type=dict[str, Raw])["events"], type=list[Raw])
     replay = value.pop("replay")
     del replay["events"]
     sequence = replay.pop("sequence")
@@ -93,5 +91,5 @@ def read_upstream(body: bytes) -> UpstreamBatch:
     flush = value.pop("flush", "normal")
     return UpstreamBatch(
         *(value["session"]["id"], value["session"]["windowId"], sequence, flush == "final"),
-        *(tuple(bytes(event) for event in events), {**value, "replay": replay}, last_activity, len(text)),
+        *(tuple(split_events(text)), {**value, "replay": replay}, last_activity, len(text)),
     )
