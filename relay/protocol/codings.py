@@ -36,6 +36,22 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_MAX_WINDOW_BYTES = 8 * 1024 * 1024
 """RFC 9659 forbids larger windows in HTTP; the decoder would have to reserve them."""
 
+_ZSTD_MAX_HEADER_BYTES = 18
+"""The magic and the longest frame header (RFC 8878, 3.1.1.1)."""
+
+_ZSTD_RUN_BLOCK = 1
+"""The block type that stores one byte and how often it is repeated (RFC 8878, 3.1.1.2.2)."""
+
+_GZIP_WINDOW_BITS = zlib.MAX_WBITS + 16
+"""How zlib is told to expect gzip's header and trailer."""
+
+_FEED_BYTES = 16_384
+"""What a gzip member after the first is fed, twice as much with every step. A decoder copies what it does not use, so
+that a body of a million empty members, each fed all the rest, would take minutes."""
+
+_BEFORE_OBJECT = b"\xef\xbb\xbf \t\r\n"
+"""What may stand before JSON: a byte order mark and blanks."""
+
 CODINGS = ("identity", "gzip", "x-gzip", "deflate", "zstd")
 """What `Content-Encoding` may name; x-gzip is the alias of RFC 9110, 8.4.1.3."""
 
@@ -69,7 +85,7 @@ def inflate(body: bytes, coding: str, max_bytes: int) -> bytes:
     if name not in CODINGS:
         raise UnsupportedCoding(f"Unsupported Content-Encoding {coding[:64]!r}: use one of {', '.join(CODINGS)}")
     if body.startswith(GZIP_MAGIC):
-        decoded = _inflate_members(body, max_bytes)
+        decoded = _inflate_stream(body, _GZIP_WINDOW_BITS, max_bytes)
     elif body.startswith(ZSTD_MAGIC):
         decoded = _inflate_zstd(body, max_bytes)
     elif name == "deflate":
@@ -85,37 +101,38 @@ def _too_large(max_bytes: int) -> TooLarge:
     return TooLarge(f"Body exceeds {max_bytes} bytes once decoded: send fewer events in a batch")
 
 
-def _run_decoder(body: bytes, window_bits: int, max_bytes: int) -> tuple[bytes, bytes]:
-    """Return one stream's content, at most `max_bytes` + 1 bytes of it, and what follows the stream."""
-    decoder = _deflate.decompressobj(wbits=window_bits)
-    try:
-        decoded: bytes = decoder.decompress(body, max_bytes + 1)
-    except _deflate.error as error:
-        raise InvalidBatch(f"Body is not valid compressed data: {error}") from error
-    if len(decoded) > max_bytes:
-        raise _too_large(max_bytes)
-    if not decoder.eof:
-        raise InvalidBatch("Body is not valid compressed data: it ends early")
-    return decoded, decoder.unused_data
-
-
-def _inflate_members(body: bytes, max_bytes: int) -> bytes:
-    """Inflate all members of a gzip stream (RFC 1952, 2.2); bytes after them are ignored, as Node ignores them."""
-    decoded, rest = _run_decoder(body, 31, max_bytes)
-    if not rest.startswith(GZIP_MAGIC):
-        return decoded
-    parts = [decoded]
-    room = max_bytes - len(decoded)
-    while rest.startswith(GZIP_MAGIC):
-        decoded, rest = _run_decoder(rest, 31, room)
-        parts.append(decoded)
-        room -= len(decoded)
-    return b"".join(parts)
+def _inflate_stream(body: bytes, window_bits: int, max_bytes: int) -> bytes:
+    """Inflate one stream, or all members of gzip (RFC 1952, 2.2); bytes behind are ignored, as Node ignores them."""
+    view = memoryview(body)
+    parts = []
+    room = max_bytes
+    at = 0
+    feed_bytes = len(body)
+    while True:
+        decoder = _deflate.decompressobj(wbits=window_bits)
+        while not decoder.eof:
+            piece = view[at : at + feed_bytes]
+            if not piece:
+                raise InvalidBatch("Body is not valid compressed data: it ends early")
+            try:
+                parts.append(decoder.decompress(piece, room + 1))
+            except _deflate.error as error:
+                raise InvalidBatch(f"Body is not valid compressed data: {error}") from error
+            room -= len(parts[-1])
+            if room < 0:
+                raise _too_large(max_bytes)
+            at += len(piece)
+            feed_bytes *= 2
+        at -= len(decoder.unused_data)
+        if window_bits != _GZIP_WINDOW_BITS or not body.startswith(GZIP_MAGIC, at):
+            return b"".join(parts)
+        feed_bytes = _FEED_BYTES
 
 
 def _inflate_zstd(body: bytes, max_bytes: int) -> bytes:
-    decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES)
     try:
+        _check_frames(body)
+        decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES)
         with decoder.stream_reader(body, read_across_frames=True) as reader:
             decoded = reader.read(max_bytes + 1)
     except zstandard.ZstdError as error:
@@ -125,18 +142,38 @@ def _inflate_zstd(body: bytes, max_bytes: int) -> bytes:
     return decoded
 
 
+def _check_frames(body: bytes) -> None:
+    """Refuse zstd data that is cut short, which the stream reader does not: walk from block to block (RFC 8878, 3.1.1).
+
+    Raises:
+        InvalidBatch: The data ends before its last frame does.
+        zstandard.ZstdError: A frame's header is none.
+    """
+    at = 0
+    while at < len(body):
+        header = body[at : at + _ZSTD_MAX_HEADER_BYTES]
+        has_checksum = zstandard.get_frame_parameters(header).has_checksum
+        at += zstandard.frame_header_size(header)
+        is_last = 0
+        while not is_last and at < len(body):
+            block = int.from_bytes(body[at : at + 3], "little")
+            is_last, kind, size = block & 1, block >> 1 & 3, block >> 3
+            at += 3 + (1 if kind == _ZSTD_RUN_BLOCK else size)
+        at += 4 * has_checksum
+        if not is_last or at > len(body):
+            raise InvalidBatch("Body is not valid compressed data: it ends early")
+
+
 def _inflate_deflate(body: bytes, max_bytes: int) -> bytes:
-    """Inflate a `deflate` body: zlib format by the standard, raw from senders that misread it, or inflated already."""
+    """Inflate a `deflate` body: zlib format by the standard, raw from senders that misread it, or inflated already.
+
+    Raw deflate of JSON never begins with `{`, which would be a block of fixed codes whose first byte is beyond ASCII,
+    nor with a byte order mark, whose first block would be of the reserved type.
+    """
+    if body.lstrip(_BEFORE_OBJECT).startswith(b"{"):
+        return body
     has_zlib_header = len(body) >= 2 and body[0] & 0x0F == 8 and (body[0] << 8 | body[1]) % 31 == 0
-    if has_zlib_header:
-        return _run_decoder(body, zlib.MAX_WBITS, max_bytes)[0]
-    if body.lstrip(b" \t\r\n").startswith(b"{"):
-        # `{` can begin raw deflate too (a final fixed-Huffman block), so a stream that holds is believed first.
-        try:
-            return _run_decoder(body, -zlib.MAX_WBITS, max_bytes)[0]
-        except InvalidBatch:
-            return body
-    return _run_decoder(body, -zlib.MAX_WBITS, max_bytes)[0]
+    return _inflate_stream(body, zlib.MAX_WBITS if has_zlib_header else -zlib.MAX_WBITS, max_bytes)
 
 
 class SegmentDeflater:
