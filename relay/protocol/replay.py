@@ -155,14 +155,14 @@ def _decode_leniently(body: bytes) -> ClientBatch:
         rest["metadata"] = top["metadata"]
     tail = _tail(top["user"], top["page"], rest, replay_rest)
     return ClientBatch(
-        schema.string(session["id"]),
-        schema.string(session["windowId"]),
+        node_json.restore_text(schema.string(session["id"])),
+        node_json.restore_text(schema.string(session["windowId"])),
         int(schema.number(replay["sequence"])),
         flush is not None and schema.string(flush) == "final",
         last_activity,
         Envelope(node_json.restore(head), node_json.restore(tail)),
         node_json.restore(bytes(replay["events"])[1:-1]),
-        len(schema.items(replay["events"])),
+        len(schema.events(replay["events"])),
     )
 
 

@@ -10,10 +10,13 @@ no more memory than its slices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Raw
+
+from relay.protocol.node_json import walk_items
 
 MAX_SAFE_INTEGER = 2**53 - 1
 """Integers beyond it are none to JavaScript, so upstream refuses them."""
@@ -26,6 +29,9 @@ MAX_SEQUENCE = (MAX_SAFE_INTEGER + 1) // MAX_BATCH_EVENTS - 1
 
 MAX_ISSUES = 10
 """Issues named in an answer; a batch that is wrong once tends to be wrong in every event."""
+
+_MAX_SLICED_BYTES = 4_194_304
+"""Slicing an array into its items takes up to 32 times its bytes (`[0,0,…]`), so a larger one is walked instead."""
 
 ABSENT = Raw(b"")
 """An optional member that is not there; null is there."""
@@ -132,9 +138,11 @@ def members(value: Raw | bytes) -> dict[str, Raw]:
     return _MEMBERS.decode(value)
 
 
-def items(value: Raw) -> list[Raw]:
-    """Return an array's items."""
-    return _ITEMS.decode(value)
+def events(value: Raw) -> list[Raw]:
+    """Return the items of `replay.events`, but at most one more than a batch may have."""
+    if len(value) <= _MAX_SLICED_BYTES:
+        return _ITEMS.decode(value)[: MAX_BATCH_EVENTS + 1]
+    return [Raw(item) for item in islice(walk_items(bytes(value)[1:-1]), MAX_BATCH_EVENTS + 1) if item]
 
 
 def string(value: Raw) -> str:
@@ -260,8 +268,8 @@ def _check_events(value: Raw | None, path: Path) -> Iterator[Issue]:
     if value is None or kind(value) != "array":
         yield _wrong(path, "array", value)
         return
-    events = items(value)
-    if not events:
+    found = events(value)
+    if not found:
         yield {
             "code": "too_small",
             "origin": "array",
@@ -270,14 +278,14 @@ def _check_events(value: Raw | None, path: Path) -> Iterator[Issue]:
             "path": list(path),
             "message": "Too small: expected array to have >=1 items",
         }
-    for index, event in enumerate(events):
+    for index, event in enumerate(found):
         where = (*path, index)
         if kind(event) != "object":
             yield _wrong(where, "object", event)
             continue
-        found = members(event)
+        event_members = members(event)
         for name, rule in _EVENT_MEMBERS.items():
-            yield from _check_member(found.get(name), (*where, name), rule)
+            yield from _check_member(event_members.get(name), (*where, name), rule)
 
 
 # A rule is a JSON type; `+` asks for at least one character, `?` lets the member be absent or null.
