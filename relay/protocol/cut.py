@@ -73,7 +73,7 @@ class Cut(msgspec.Struct, frozen=True):
     whole: int
     """Segments taken whole."""
     split_events: int = 0
-    """Largest number of events to take of the segment after them; 0 to take none."""
+    """Largest number of events to take of the segment after them, never all it has; 0 to take none."""
     split_bytes: int = 0
     """Largest number of bytes these may have, with the commas between them."""
 
@@ -133,20 +133,22 @@ def choose_cut(segments: Sequence[Pending], envelope: Envelope, limits: Limits, 
     Returns:
         The cut. `whole` and `split_events` are both 0 only where the first segment is a final not allowed.
     """
+    fixed = len(body_prefix(envelope, b"", segments[0].address)) + len(body_suffix(is_final=False))
     events = 0
-    room = limits.max_bytes + 1  # the first segment has no comma before it
-    longest = b""
+    room = limits.max_bytes - fixed + 1  # the first segment has no comma before it
+    latest = b""
     for index, segment in enumerate(segments):
         if segment.envelope_id != segments[0].envelope_id or (segment.is_final and not allow_final):
             return Cut(index)
-        later = later_activity(longest, segment.last_activity)
-        fixed = len(body_prefix(envelope, later, segments[0].address)) + len(body_suffix(is_final=segment.is_final))
+        later = later_activity(latest, segment.last_activity)
         left_events = limits.max_events - events
-        if segment.event_count > left_events or segment.events_bytes + 1 + fixed > room:
-            return _split(segment, index, left_events, room - 1 - fixed)
+        left_bytes = room - len(later) - 1
+        final_bytes = len(_CLOSE_FINAL) - len(_CLOSE) if segment.is_final else 0
+        if segment.event_count > left_events or segment.events_bytes + final_bytes > left_bytes:
+            return _split(segment, index, left_events, left_bytes)
         events += segment.event_count
         room -= segment.events_bytes + 1
-        longest = later
+        latest = later
         if segment.is_final:
             return Cut(index + 1)
     return Cut(len(segments))
@@ -156,11 +158,9 @@ def _split(segment: Pending, index: int, max_events: int, max_bytes: int) -> Cut
     """Decide on the segment that does not fit whole."""
     if segment.event_count == 1:
         return Cut(index or 1)  # a single event cannot be split: it waits, or travels alone
-    if index == 0:
-        return Cut(0, min(max(max_events, 1), segment.event_count), max(max_bytes, 1))
-    if max_events < 1 or max_bytes < 1:
+    if index and (max_events < 1 or max_bytes < 1):
         return Cut(index)
-    return Cut(index, max_events, max_bytes)
+    return Cut(index, max(1, min(max_events, segment.event_count - 1)), max(1, max_bytes))
 
 
 def later_activity(first: bytes, second: bytes) -> bytes:
