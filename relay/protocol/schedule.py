@@ -7,9 +7,11 @@ caller releases it.
 
 Rules:
 1. Pure: time is an argument (any monotonic clock, seconds), and nothing is read or sent here.
-2. A choice costs O(log n) in the number of windows. Entries of the heaps are never removed when they become stale,
-   only recognised: each bears its owner's stamp.
-3. What is counted here is an aid to choosing. The cut is made by the spool, from what is really there.
+2. A choice costs O(log n), however the windows are spread over sessions: a session queues its windows, and stands in
+   the lane's two heaps with the best of them only.
+3. Entries of the heaps are never removed when they become stale, only recognised, by their stamp. There is a new
+   entry only where something has changed, so stale ones are a few for each choice.
+4. What is counted here is an aid to choosing. The cut is made by the spool, from what is really there.
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ _RETRY, _FULL, _AWAITED, _FINAL, _LINGERED = range(5)
 
 Reason = Literal["retry", "full", "awaited", "final", "lingered"]
 _REASONS: tuple[Reason, ...] = ("retry", "full", "awaited", "final", "lingered")
+
+_IS_FULL, _IS_FILLING, _HAS_FINAL = range(3)
+"""A window's standing in its session's queue: a final goes last, being the one that waits for the others."""
+
+_NOWHERE = (inf, _LINGERED, inf)
+"""The place of a session that has nothing to send."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -52,20 +60,38 @@ class _Window:
         self.events_bytes = 0
         self.finals = 0
         self.stamp = 0
+        """Of its entry in the session's queue; 0 while it has none."""
 
 
 class _Session:
-    __slots__ = ("batch_id", "finals", "is_busy", "retry_at", "session_id", "stamp", "windows", "withheld")
+    __slots__ = (
+        "batch_id",
+        "finals",
+        "is_busy",
+        "place",
+        "queue",
+        "retry_at",
+        "session_id",
+        "stamp",
+        "windows",
+        "withheld",
+    )
 
     def __init__(self, session_id: int) -> None:
         self.session_id = session_id
         self.windows: dict[int, _Window] = {}
+        self.queue: list[tuple[int, float, int, int]] = []
+        """(standing, oldest_at, stamp, window_id)"""
+        self.withheld: set[int] = set()
+        """Windows that are not in the queue until something happens to the session."""
         self.finals = 0
         self.is_busy = False
         self.batch_id: int | None = None
         self.retry_at = inf
-        self.withheld: set[int] = set()
+        self.place: tuple[float, int, float] = _NOWHERE
+        """(due_at, rank, age) by which it stands in the lane's heaps."""
         self.stamp = 0
+        """Of its entry there."""
 
 
 class Schedule:
@@ -81,10 +107,10 @@ class Schedule:
         self._linger = linger_seconds
         self._sessions: dict[int, _Session] = {}
         self._windows: dict[int, _Window] = {}
-        self._waiting: list[tuple[float, int, int, int]] = []
-        """(due_at, stamp, window_id or 0, session_id)"""
-        self._ready: list[tuple[int, float, int, int, int]] = []
-        """(rank, age, stamp, window_id or 0, session_id)"""
+        self._waiting: list[tuple[float, int, int]] = []
+        """(due_at, stamp, session_id)"""
+        self._ready: list[tuple[int, float, int, int]] = []
+        """(rank, age, stamp, session_id)"""
         self._stamp = 0
 
     def __len__(self) -> int:
@@ -110,20 +136,15 @@ class Schedule:
         window = self._windows.get(window_id)
         if window is None:
             window = self._windows[window_id] = session.windows[window_id] = _Window(window_id, session, oldest_at)
-        was_full, had_finals = self._is_full(window), session.finals
-        is_new = not window.events
+        standing = self._standing(window)
         window.events += events
         window.events_bytes += events_bytes
         window.finals += finals
         session.finals += finals
-        had_withheld = bool(session.withheld)
-        session.withheld.clear()
-        if session.is_busy:
-            return
-        if had_withheld or (session.finals and not had_finals):
-            self._place_all(session)  # something has changed for every window of the session
-        elif is_new or (self._is_full(window) and not was_full) or session.finals:
-            self._place(window)
+        if window_id not in session.withheld and (not window.stamp or self._standing(window) != standing):
+            self._queue(window)
+        self._queue_withheld(session)
+        self._place(session)
 
     def seal(
         self, window_id: int, *, events: int, events_bytes: int, finals: int, next_oldest_at: float | None
@@ -138,7 +159,9 @@ class Schedule:
         if next_oldest_at is not None:
             window.oldest_at = next_oldest_at
             window.events = max(window.events, 1)  # the spool knows better than the count
-        elif window.events <= 0:
+        if window.events > 0:
+            self._queue(window)
+        else:
             del self._windows[window_id], session.windows[window_id]
 
     def retry_at(self, session_id: int, batch_id: int, at: float) -> None:
@@ -147,26 +170,26 @@ class Schedule:
         session.is_busy = False
         session.batch_id = batch_id
         session.retry_at = at
-        self._place_all(session)
+        self._place(session)
 
     def release(self, session_id: int) -> None:
         """Note that a session's batch in flight is settled or parked."""
         session = self._sessions[session_id]
         session.is_busy = False
         session.batch_id = None
-        session.retry_at = inf
-        session.withheld.clear()
+        self._queue_withheld(session)
         if session.windows:
-            self._place_all(session)
+            self._place(session)
         else:
             del self._sessions[session_id]
 
     def withhold(self, session_id: int, window_id: int) -> None:
         """Note that nothing of the window may be sent until something else happens to its session."""
         session = self._sessions[session_id]
-        session.withheld.add(window_id)
         session.is_busy = False
-        self._place_all(session)
+        session.withheld.add(window_id)
+        self._windows[window_id].stamp = 0
+        self._place(session)
 
     # -- what to do
 
@@ -182,12 +205,14 @@ class Schedule:
         self._ripen(now)
         if not self._ready:
             return None
-        rank, _, _, window_id, session_id = heapq.heappop(self._ready)
+        rank, _, _, session_id = heapq.heappop(self._ready)
         session = self._sessions[session_id]
         session.is_busy = True
-        return Choice(session_id, window_id or None, None if window_id else session.batch_id, _REASONS[rank])
+        session.place = _NOWHERE
+        window_id = None if rank == _RETRY else session.queue[0][-1]
+        return Choice(session_id, window_id, session.batch_id, _REASONS[rank])
 
-    # -- the heaps
+    # -- a session's queue
 
     def _session(self, session_id: int) -> _Session:
         session = self._sessions.get(session_id)
@@ -195,56 +220,76 @@ class Schedule:
             session = self._sessions[session_id] = _Session(session_id)
         return session
 
-    def _is_full(self, window: _Window) -> bool:
-        return window.events >= self._limits.max_events or window.events_bytes >= self._limits.max_bytes
+    def _standing(self, window: _Window) -> int:
+        if window.finals:
+            return _HAS_FINAL
+        is_full = window.events >= self._limits.max_events or window.events_bytes >= self._limits.max_bytes
+        return _IS_FULL if is_full else _IS_FILLING
 
-    def _place_all(self, session: _Session) -> None:
-        """Give a session's entries new places, now that something has changed for all of them."""
-        if session.batch_id is not None:
-            self._stamp += 1
-            session.stamp = self._stamp
-            heapq.heappush(self._waiting, (session.retry_at, self._stamp, 0, session.session_id))
-            return
-        for window in session.windows.values():
-            self._place(window)
-
-    def _place(self, window: _Window) -> None:
-        session = window.session
-        if window.window_id in session.withheld:
-            return
+    def _queue(self, window: _Window) -> None:
+        """Give a window a new entry in its session's queue."""
         self._stamp += 1
         window.stamp = self._stamp
-        due_at = -inf if self._is_full(window) or session.finals else window.oldest_at + self._linger
-        heapq.heappush(self._waiting, (due_at, self._stamp, window.window_id, session.session_id))
+        heapq.heappush(window.session.queue, (self._standing(window), window.oldest_at, window.stamp, window.window_id))
 
-    def _is_current(self, stamp: int, window_id: int, session_id: int) -> bool:
+    def _queue_withheld(self, session: _Session) -> None:
+        while session.withheld:
+            window = self._windows.get(session.withheld.pop())
+            if window is not None:
+                self._queue(window)
+
+    def _first(self, session: _Session) -> _Window | None:
+        """Return the window to serve first, and clear the top of the queue up to it."""
+        while session.queue:
+            window = self._windows.get(session.queue[0][-1])
+            if window is not None and window.stamp == session.queue[0][2]:
+                return window
+            heapq.heappop(session.queue)
+        return None
+
+    # -- the lane's heaps
+
+    def _place(self, session: _Session) -> None:
+        """Give a session its place in the heaps, if that has changed."""
+        if session.is_busy:
+            return
+        place = self._place_of(session)
+        if place == session.place:
+            return
+        session.place = place
+        self._stamp += 1
+        session.stamp = self._stamp
+        if place is not _NOWHERE:
+            heapq.heappush(self._waiting, (place[0], session.stamp, session.session_id))
+
+    def _place_of(self, session: _Session) -> tuple[float, int, float]:
+        if session.batch_id is not None:
+            return session.retry_at, _RETRY, session.retry_at
+        window = self._first(session)
+        if window is None:
+            return _NOWHERE
+        oldest_at = window.oldest_at
+        standing = self._standing(window)
+        if standing == _IS_FULL:
+            return -inf, _FULL, oldest_at
+        if session.finals:
+            return -inf, _FINAL if standing == _HAS_FINAL else _AWAITED, oldest_at
+        return oldest_at + self._linger, _LINGERED, oldest_at
+
+    def _is_current(self, stamp: int, session_id: int) -> bool:
         session = self._sessions.get(session_id)
-        if session is None or session.is_busy:
-            return False
-        if not window_id:
-            return session.batch_id is not None and session.stamp == stamp
-        window = self._windows.get(window_id)
-        return session.batch_id is None and window is not None and window.stamp == stamp
+        return session is not None and not session.is_busy and session.stamp == stamp
 
     def _ripen(self, now: float) -> None:
         """Move what is due from the waiting to the ready, and drop stale entries from both tops."""
         while self._waiting:
-            due_at, stamp, window_id, session_id = self._waiting[0]
-            if due_at > now and self._is_current(stamp, window_id, session_id):
+            due_at, stamp, session_id = self._waiting[0]
+            is_current = self._is_current(stamp, session_id)
+            if is_current and due_at > now:
                 break
             heapq.heappop(self._waiting)
-            if self._is_current(stamp, window_id, session_id):
-                rank, age = self._rank(window_id, session_id)
-                heapq.heappush(self._ready, (rank, age, stamp, window_id, session_id))
+            if is_current:
+                _, rank, age = self._sessions[session_id].place
+                heapq.heappush(self._ready, (rank, age, stamp, session_id))
         while self._ready and not self._is_current(*self._ready[0][2:]):
             heapq.heappop(self._ready)
-
-    def _rank(self, window_id: int, session_id: int) -> tuple[int, float]:
-        if not window_id:
-            return _RETRY, self._sessions[session_id].retry_at
-        window = self._windows[window_id]
-        if window.finals:
-            return _FINAL, window.oldest_at
-        if self._is_full(window):
-            return _FULL, window.oldest_at
-        return (_AWAITED if window.session.finals else _LINGERED), window.oldest_at
