@@ -262,7 +262,7 @@ class Lane:
                 self._budget.abandon()
             else:
                 self._budget.end(self._clocks.monotonic())
-            self._breaker.abandon()
+            self._breaker.end()
             self._in_flight -= 1
             self._slots.release()
             self.wake()

@@ -3,6 +3,8 @@
 closed ──(`max_failures` in a row, or `trip`)──► open ──(its time has come)──► one probe in flight
    ▲                                              ▲                                  │
    └───────────────(it succeeds)──────────────────┼──────────(it fails)──────────────┘
+
+Sends that were in flight when it opened count as probes: the next begins when the last of them has ended.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ class Breaker:
         self._max_failures = max_failures
         self._failures = 0
         self._probe_at: float | None = None
-        self._is_probing = False
+        self._in_flight = 0
 
     @property
     def is_open(self) -> bool:
@@ -34,35 +36,31 @@ class Breaker:
         return self._failures
 
     def ready_at(self) -> float:
-        """Return from when on a send may begin: now (-inf), at a time, or not before a probe has ended (inf)."""
+        """Return from when on a send may begin: now (-inf), at a time, or not before what is in flight ends (inf)."""
         if self._probe_at is None:
             return -inf
-        return inf if self._is_probing else self._probe_at
+        return inf if self._in_flight else self._probe_at
 
     def begin(self) -> None:
         """Note that a send begins."""
-        if self._probe_at is not None:
-            self._is_probing = True
+        self._in_flight += 1
 
-    def abandon(self) -> None:
-        """Note that a send that began came to nothing: there was nothing to send, or it was cancelled."""
-        self._is_probing = False
+    def end(self) -> None:
+        """Note that a send that began is over, whether or not it came to an answer."""
+        self._in_flight -= 1
 
     def succeed(self) -> None:
         """Note an answer that shows upstream at work."""
         self._failures = 0
         self._probe_at = None
-        self._is_probing = False
 
     def fail(self, now: float, delay_seconds: float) -> None:
         """Note a failure; the next probe, if it comes to that, is `delay_seconds` away."""
         self._failures += 1
-        self._is_probing = False
         if self._probe_at is not None or self._failures >= self._max_failures:
             self._probe_at = now + delay_seconds
 
     def trip(self, now: float, delay_seconds: float) -> None:
         """Open at once: upstream refuses everything of this lane until something changes there."""
         self._failures += 1
-        self._is_probing = False
         self._probe_at = now + delay_seconds
