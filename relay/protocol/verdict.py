@@ -62,7 +62,7 @@ def parse_retry_after(value: bytes, wall_now: float, max_seconds: float) -> floa
     """
     text = value.decode("latin-1").strip()
     if text.isascii() and text.isdigit():
-        seconds = float(text[:10])
+        seconds = float(text)
     else:
         date = parsedate_tz(text)
         if date is None:
