@@ -139,6 +139,15 @@ class Relay:
             OSError: An address cannot be listened on.
         """
         listeners = await open_listeners(self._config.listen.relay)
+        try:
+            await self._run(listeners, shutdown, task_status)
+        finally:
+            for listener in listeners:  # where the start fails before anybody has taken charge of them
+                listener.socket.close()
+
+    async def _run(
+        self, listeners: list[trio.SocketListener], shutdown: trio.Event, task_status: trio.TaskStatus[Addresses]
+    ) -> None:
         end_admin = trio.Event()
         async with trio.open_nursery() as admin:
             admin_urls: list[str] = await admin.start(

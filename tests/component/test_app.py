@@ -1,0 +1,246 @@
+"""The whole relay in one process, on loopback sockets, in front of a sandbox."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import orjson
+import pytest
+import trio
+import trio.testing
+
+from relay.app import Relay, serve
+from relay.config import Batch as BatchSettings
+from relay.config import Budget, Config, Listen, Shutdown, Upstream
+from relay.config import Spool as SpoolSettings
+from relay.http.client import HttpClient, Reply
+from relay.sandbox.faults import fault_settings
+from relay.sandbox.server import serve_sandbox
+from relay.sandbox.service import Sandbox, SandboxSettings
+from relay.spool.spool import Run
+from relay.telemetry import METRICS, PREFIX
+from tests.accounting import assert_accounted
+from tests.component.batches import KEY, make_body, make_event
+from tests.component.spooling import run_inline
+
+NOT_METRICS = {
+    "account": {"spooled", "is_balanced"},  # sums of others
+    "spool": {"refusal"},  # a text; `is_refusing` is its metric
+    "intake": {"ack_seconds_sum"},  # part of the histogram
+    "forward": {"lanes", "has_more_on_disk"},  # lanes by properties; the other explains `pending_windows`
+}
+"""Fields of the statistics that are in `/status` only, with the reason."""
+
+
+class Running:
+    """A relay that serves, and the ways to it."""
+
+    def __init__(self, relay: Relay, sandbox: Sandbox, shutdown: trio.Event) -> None:
+        self.relay = relay
+        self.sandbox = sandbox
+        self.shutdown = shutdown
+        self.ended = trio.Event()
+        addresses: Any = relay.identity()["listening"]
+        self.url, self.admin_url = addresses["relay"][0], addresses["admin"][0]
+
+    async def get(self, path: str) -> Reply:
+        """Ask the admin listener."""
+        return await _ask(self.admin_url, "GET", path)
+
+    async def post(self, body: bytes) -> int:
+        """Send a client batch; returns the status."""
+        reply = await _ask(self.url, "POST", "/api/sdk/replay", ((b"x-lucent-api-key", KEY.encode()),), body)
+        return reply.status
+
+    async def status(self) -> Any:
+        """Return `/status`."""
+        return orjson.loads((await self.get("/status")).body)
+
+    async def wait_status(self, holds: Callable[[Any], object]) -> Any:
+        """Return the first `/status` of which something holds."""
+        with trio.fail_after(10):
+            while not holds(status := await self.status()):  # noqa: ASYNC110 - it is told by nobody
+                await trio.sleep(0.01)
+        return status
+
+    async def wait_delivered(self, events: int) -> None:
+        """Return once upstream has so many events."""
+        with trio.fail_after(10):
+            while self.sandbox.report()["events"] < events:  # noqa: ASYNC110 - it is told by nobody
+                await trio.sleep(0.01)
+
+
+async def _ask(
+    url: str, method: str, path: str, headers: tuple[tuple[bytes, bytes], ...] = (), body: bytes = b""
+) -> Reply:
+    client = HttpClient(url, Upstream())
+    try:
+        return await client.request(method, path, headers, body)
+    finally:
+        await client.aclose()
+
+
+@asynccontextmanager
+async def running(
+    directory: Path, *, faults: dict[str, Any] | None = None, run: Run | None = None, deadline_seconds: float = 5.0
+) -> AsyncIterator[Running]:
+    """Run sandbox and relay; on exit the relay is stopped, unless the test did."""
+    settings = SandboxSettings(requests_per_minute=0, faults=fault_settings(faults or {}))
+    sandbox = Sandbox(settings, now=trio.current_time, random=random.Random(1))
+    async with trio.open_nursery() as nursery:
+        ingest_url = await nursery.start(serve_sandbox, sandbox, "127.0.0.1:0")
+        config = Config(
+            listen=Listen(relay="127.0.0.1:0", admin="127.0.0.1:0"),
+            upstream=Upstream(ingest_url=ingest_url),
+            batch=BatchSettings(linger_seconds=0.02),
+            budget=Budget(requests_per_minute=0),
+            spool=SpoolSettings(directory=str(directory), durability="os"),
+            shutdown=Shutdown(deadline_seconds=deadline_seconds),
+        )
+        shutdown = trio.Event()
+        ended = trio.Event()
+
+        async def serve_relay(*, task_status: trio.TaskStatus[Relay]) -> None:
+            await serve(config, shutdown, run=run, task_status=task_status)
+            ended.set()
+
+        it = Running(await nursery.start(serve_relay), sandbox, shutdown)
+        it.ended = ended
+        yield it
+        shutdown.set()
+        await ended.wait()
+        nursery.cancel_scope.cancel()
+
+
+# -- what it says of itself
+
+
+async def test_events_go_through(tmp_path: Path) -> None:
+    """What clients send is upstream, once, and the status adds up."""
+    async with running(tmp_path) as it:
+        assert (await it.get("/livez")).status == 200
+        assert orjson.loads((await it.get("/readyz")).body) == {"ready": True, "reasons": []}
+        for sequence in range(3):
+            events = [make_event(f"{sequence}-{number}") for number in range(400)]
+            assert await it.post(make_body(sequence=sequence, events=events)) == 200
+        await it.wait_delivered(1_200)
+        status = await it.wait_status(lambda status: status["account"]["delivered"] == 1_200)
+        assert_accounted(status["account"], accepted=1_200, delivered=1_200, spooled=0)
+        assert (status["ready"], status["reasons"], status["warnings"]) == (True, [], [])
+        assert status["listening"] == {"relay": [it.url], "admin": [it.admin_url]}
+        assert status["state"] == "running"
+        assert it.sandbox.report()["conflicting_batches"] == 0
+
+
+async def test_every_metric_is_exposed(tmp_path: Path) -> None:
+    """Every declared metric has its family in `/metrics`, and nothing else has one."""
+    async with running(tmp_path) as it:
+        await it.post(make_body(flush="final"))
+        await it.post(b"{}")
+        await it.wait_delivered(1)
+        reply = await it.get("/metrics")
+        assert reply.headers[b"content-type"] == b"text/plain; version=0.0.4; charset=utf-8"
+        lines = reply.body.decode().splitlines()
+        kinds = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE ")}
+        assert kinds == {PREFIX + metric.name: metric.kind for metric in METRICS}
+        samples = {line.split("{")[0].split()[0] for line in lines if not line.startswith("#")}
+        for metric in METRICS:
+            assert PREFIX + metric.name + ("_count" if metric.kind == "histogram" else "") in samples
+        assert PREFIX + 'batches_refused_total{status="400"} 1.0' in lines
+        assert KEY not in reply.body.decode()
+
+
+async def test_every_figure_is_a_metric_or_an_exception(tmp_path: Path) -> None:
+    """Each field of the statistics is declared in `telemetry`, or listed here with the reason; no entry is stale."""
+    async with running(tmp_path) as it:
+        sources = await it.relay.statistics()
+        assert set(sources) == {metric.source for metric in METRICS}
+        for name, statistics in sources.items():
+            declared = {metric.field for metric in METRICS if metric.source == name}
+            fields = set(msgspec.structs.asdict(statistics))
+            assert fields - declared == NOT_METRICS.get(name, set()), name
+            assert all(hasattr(statistics, field) for field in declared), name
+
+
+async def test_secrets_stay_inside(tmp_path: Path) -> None:
+    """Neither `/status` nor `/metrics` has a key in it (law 11)."""
+    async with running(tmp_path, faults={"reject_keys": [KEY]}) as it:
+        await it.post(make_body(flush="final"))
+        status = await it.wait_status(lambda status: status["warnings"])
+        assert status["warnings"][0].startswith("upstream refuses key-")
+        assert KEY not in orjson.dumps(status).decode()
+        assert (await it.get("/readyz")).status == 200, "an outage of upstream is no reason not to accept"
+        assert_accounted(status["account"], accepted=1, sealed=1)
+
+
+async def test_full_spool_is_not_ready(tmp_path: Path) -> None:
+    """While the spool refuses, `/readyz` is 503 with the reason, clients get 503, and `/livez` is 200."""
+    async with running(tmp_path) as it:
+        it.relay._spool._failure = "the disk refused a write: full"
+        ready = await it.get("/readyz")
+        assert (ready.status, orjson.loads(ready.body)["reasons"]) == (503, ["the disk refused a write: full"])
+        assert await it.post(make_body()) == 503
+        assert (await it.get("/livez")).status == 200
+
+
+# -- its end
+
+
+async def test_end_finishes_requests_and_deliveries_in_hand(tmp_path: Path) -> None:
+    """At the end a request on its way is answered, a delivery in flight is recorded, and the backlog stays."""
+    async with running(tmp_path, faults={"latency_seconds": 0.3}) as it:
+        assert await it.post(make_body("in-flight", flush="final")) == 200
+        await it.wait_status(lambda status: status["forward"]["in_flight"])
+        body = make_body("in-hand")
+        stream = await trio.open_tcp_stream("127.0.0.1", int(it.url.rpartition(":")[2]))
+        head = f"POST /api/sdk/replay?api_key={KEY} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+        await stream.send_all(head.encode() + body[:10])
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        it.shutdown.set()
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        ready = await it.get("/readyz")
+        assert (ready.status, orjson.loads(ready.body)["reasons"]) == (503, ["the relay is stopping"])
+        await stream.send_all(body[10:])
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+        await stream.aclose()
+        await it.ended.wait()
+        assert it.sandbox.report()["events"] == 1
+    async with running(tmp_path) as it:
+        await it.wait_delivered(1)
+        status = await it.wait_status(lambda status: status["account"]["delivered"] == 2)
+        assert_accounted(status["account"], accepted=2, delivered=2)
+
+
+async def test_end_has_a_deadline(tmp_path: Path) -> None:
+    """A client that never finishes its body and an upstream that never answers do not keep the relay."""
+    async with running(tmp_path, faults={"latency_seconds": 3_600}, deadline_seconds=0.5) as it:
+        assert await it.post(make_body(flush="final")) == 200
+        stream = await trio.open_tcp_stream("127.0.0.1", int(it.url.rpartition(":")[2]))
+        await stream.send_all(
+            b"POST /api/sdk/replay?api_key=luc_pk_x HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"
+        )
+        await it.wait_status(lambda status: status["forward"]["in_flight"])
+        it.shutdown.set()
+        with trio.fail_after(4):
+            await it.ended.wait()
+        await stream.aclose()
+    async with running(tmp_path) as it:
+        await it.wait_delivered(1)
+
+
+async def test_address_in_use_ends_the_start(tmp_path: Path) -> None:
+    """Where an address is taken, the relay says which, and leaves nothing behind."""
+    taken = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    address = f"127.0.0.1:{taken[0].socket.getsockname()[1]}"
+    for listen in (Listen(relay=address, admin="127.0.0.1:0"), Listen(relay="127.0.0.1:0", admin=address)):
+        config = Config(listen=listen, spool=SpoolSettings(directory=str(tmp_path), durability="os"))
+        with pytest.RaisesGroup(pytest.RaisesExc(OSError, match=address), flatten_subgroups=True):
+            await serve(config, trio.Event(), run=run_inline)
+        gc.collect()  # a socket that was left open warns, and warnings are errors
+    await taken[0].aclose()
