@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ from tests.system.daemon import Site, open_site
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
     """Give a directory to start a sandbox and relays in; all of them end with the test."""
-    with open_site(tmp_path) as opened:
+    async with open_site(tmp_path) as opened:
         yield opened

@@ -14,16 +14,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import trio
 
 from tests.system.traffic import Batch, Sdk, Sent
-from tests.system.wire import ask
+from tests.system.wire import Answer, Connection, Lost, ask, connect
 
 COMMAND = Path(sys.executable).with_name("lucent-relay")
 """As the package's installation made it, beside the interpreter."""
@@ -69,6 +69,7 @@ class Process:
                 stderr=errors,
                 cwd=directory,
                 env=environment,
+                umask=0,  # so that the modes of files are the command's own choice
             )
 
     @property
@@ -137,7 +138,7 @@ class Sandbox(Process):
 
     async def session(self, name: str) -> dict[str, Any]:
         """Return what it holds of a session."""
-        return await _json(f"{self.url}/sandbox/session?id={name}")
+        return await _json(f"{self.url}/sandbox/session?id={quote(name)}")
 
     async def sessions(self) -> list[dict[str, Any]]:
         """Return what it holds, a summary a session."""
@@ -164,6 +165,8 @@ class Relay(Process):
     url = ""
     """Of the ingest API; known once started."""
     admin = ""
+    _connection: Connection | None = None
+    """To the admin listener. Kept: there are hundreds of questions a second, and few connections for operators."""
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield its log lines; the last may be half written."""
@@ -194,7 +197,26 @@ class Relay(Process):
 
     async def status(self) -> dict[str, Any]:
         """Return what it says of itself."""
-        return await _json(f"{self.admin}/status")
+        try:
+            return await self._ask_status()
+        except Lost:  # it was idle for too long
+            return await self._ask_status()
+
+    async def _ask_status(self) -> dict[str, Any]:
+        if self._connection is None or self._connection.is_over:
+            await self.hang_up()
+            self._connection = await connect(self.admin)
+        try:
+            return _object(await self._connection.request("GET", "/status"))
+        except BaseException:  # lost, or cancelled before the answer
+            await self.hang_up()
+            raise
+
+    async def hang_up(self) -> None:
+        """Close the connection that `status` keeps."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            await trio.aclose_forcefully(connection.stream)
 
     async def until(
         self, what: str, holds: Callable[[dict[str, Any]], Any], seconds: float = DEADLINE_SECONDS
@@ -222,8 +244,11 @@ class Relay(Process):
 
 
 async def _json(url: str) -> dict[str, Any]:
-    answer = await ask(url)
-    assert answer.status == 200, (url, answer)
+    return _object(await ask(url))
+
+
+def _object(answer: Answer) -> dict[str, Any]:
+    assert answer.status == 200, answer
     value: dict[str, Any] = answer.json()
     return value
 
@@ -300,17 +325,17 @@ class Site:
         await relay.started()
         return relay
 
-    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+    async def run(self, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a command that ends by itself."""
-        return subprocess.run(
-            [str(COMMAND), *words],
-            capture_output=True,
-            text=True,
-            cwd=self.directory,
-            env=self._environment,
-            timeout=DEADLINE_SECONDS,
-            check=False,
-        )
+        with trio.fail_after(DEADLINE_SECONDS):
+            return await trio.run_process(
+                [str(COMMAND), *words],
+                capture_stdout=True,
+                capture_stderr=True,
+                cwd=self.directory,
+                env=self._environment,
+                check=False,
+            )
 
     def _start(self, kind: type[P], name: str, words: list[str]) -> P:
         number = sum(isinstance(process, kind) for process in self._processes) + 1
@@ -318,16 +343,18 @@ class Site:
         self._processes.append(process)
         return process
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """End what still runs (rule 1), show all output, and hold relays to rule 3."""
         for process in reversed(self._processes):
             if process.is_running:
                 process.kill()
         for process in self._processes:
             process.show()
-        for process in self._processes:
-            if isinstance(process, Relay):
-                process.assert_unharmed()
+        relays = [process for process in self._processes if isinstance(process, Relay)]
+        for relay in relays:
+            await relay.hang_up()
+        for relay in relays:
+            relay.assert_unharmed()
 
 
 def _toml(settings: Mapping[str, Mapping[str, Any]]) -> str:
@@ -338,11 +365,12 @@ def _toml(settings: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-@contextmanager
-def open_site(directory: Path) -> Iterator[Site]:
+@asynccontextmanager
+async def open_site(directory: Path) -> AsyncIterator[Site]:
     """Give a site, and end everything in it."""
     site = Site(directory)
     try:
         yield site
     finally:
-        site.close()
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + DEADLINE_SECONDS):
+            await site.aclose()

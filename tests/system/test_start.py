@@ -18,22 +18,22 @@ ANYWHERE = ["--set", "listen.relay=127.0.0.1:0", "--set", "listen.admin=127.0.0.
 CANNOT_LISTEN, SPOOL, CONFIGURATION = 71, 73, 78
 
 
-def assert_refused(site: Site, status: int, *messages: str, words: list[str]) -> None:
+async def assert_refused(site: Site, status: int, *messages: str, words: list[str]) -> None:
     """Assert that `run` ends by a status and says something."""
-    ended = site.run("run", *words)
-    assert ended.returncode == status, ended.stderr
-    assert ended.stdout == ""
-    assert "Traceback" not in ended.stderr
+    ended = await site.run("run", *words)
+    said = ended.stderr.decode()
+    assert (ended.returncode, ended.stdout) == (status, b""), said
+    assert "Traceback" not in said
     for message in messages:
-        assert message in ended.stderr
+        assert message in said
 
 
 @pytest.mark.parametrize("option", ["listen.relay", "listen.admin"])
-def test_address_in_use(site: Site, option: str) -> None:
+async def test_address_in_use(site: Site, option: str) -> None:
     """An address that is taken is named."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert_refused(
+        await assert_refused(
             site,
             CANNOT_LISTEN,
             f"cannot listen on {address}",
@@ -45,7 +45,7 @@ def test_address_in_use(site: Site, option: str) -> None:
 async def test_spool_is_in_use(site: Site) -> None:
     """A spool directory has one relay; a second is told which, and does not disturb it."""
     relay = await site.start_relay()
-    assert_refused(site, SPOOL, "spool", "in use", f"process {relay.pid}", words=ANYWHERE)
+    await assert_refused(site, SPOOL, "spool", "in use", f"process {relay.pid}", words=ANYWHERE)
     assert (await relay.status())["ready"]
 
 
@@ -56,7 +56,7 @@ async def test_spool_is_of_another_version(site: Site) -> None:
     database = site.directory / "spool" / "spool.sqlite3"
     change(database, "PRAGMA user_version = 999")
     before = database.read_bytes()
-    assert_refused(site, SPOOL, "schema version 999", "spool.directory", words=ANYWHERE)
+    await assert_refused(site, SPOOL, "schema version 999", "spool.directory", words=ANYWHERE)
     assert database.read_bytes() == before
 
 
@@ -66,15 +66,15 @@ def change(database: Path, statement: str) -> None:
         connection.execute(statement)
 
 
-def test_spool_is_not_a_directory(site: Site) -> None:
+async def test_spool_is_not_a_directory(site: Site) -> None:
     """A file where the directory should be is named, and left as it is."""
     (site.directory / "file").write_text("not a directory")
-    assert_refused(site, SPOOL, "file", words=[*ANYWHERE, "--set", "spool.directory=file"])
+    await assert_refused(site, SPOOL, "file", words=[*ANYWHERE, "--set", "spool.directory=file"])
     assert (site.directory / "file").read_text() == "not a directory"
 
 
 @pytest.mark.parametrize("is_database", [True, False], ids=["database", "file"])
-def test_spool_is_not_a_spool(site: Site, is_database: bool) -> None:
+async def test_spool_is_not_a_spool(site: Site, is_database: bool) -> None:
     """What another program keeps under the database's name is left as it is, to the byte."""
     (site.directory / "spool").mkdir()
     path = site.directory / "spool" / "spool.sqlite3"
@@ -83,7 +83,7 @@ def test_spool_is_not_a_spool(site: Site, is_database: bool) -> None:
     else:
         path.write_bytes(b"no database" * 100)
     before = path.read_bytes()
-    assert_refused(site, SPOOL, str(path.relative_to(site.directory)), "spool.directory", words=ANYWHERE)
+    await assert_refused(site, SPOOL, str(path.relative_to(site.directory)), "spool.directory", words=ANYWHERE)
     assert path.read_bytes() == before
 
 
@@ -98,9 +98,9 @@ def test_spool_is_not_a_spool(site: Site, is_database: bool) -> None:
     ],
     ids=["unknown option", "two values", "no file", "no authorities", "no address"],
 )
-def test_configuration_is_wrong(site: Site, words: list[str], messages: list[str]) -> None:
+async def test_configuration_is_wrong(site: Site, words: list[str], messages: list[str]) -> None:
     """Each mistake is named by its option or file, and nothing is left behind on disk."""
-    assert_refused(site, CONFIGURATION, *messages, words=[*ANYWHERE, *words])
+    await assert_refused(site, CONFIGURATION, *messages, words=[*ANYWHERE, *words])
     assert not (site.directory / "spool").exists()
 
 

@@ -171,7 +171,7 @@ class Sdk:
         if self._connection is None:
             self._connection = await connect(self._address())
         answer = await self._connection.request("POST", TARGET, self._headers, body)
-        if answer.headers.get("connection") == "close":
+        if self._connection.is_over:
             await self._hang_up()
         return answer
 

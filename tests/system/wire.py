@@ -54,6 +54,11 @@ class Connection:
         """Close it."""
         await trio.aclose_forcefully(self.stream)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the server said that the last answer was this connection's last."""
+        return self._http.our_state is h11.MUST_CLOSE
+
     async def request(self, method: str, target: str, headers: Headers = (), body: bytes = b"") -> Answer:
         """Send a request and return its answer.
 
