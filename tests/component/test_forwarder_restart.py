@@ -40,11 +40,11 @@ async def fill(it: Forwarding) -> None:
     await it.accept("t", "a", 1, page="/y")
 
 
-@pytest.mark.parametrize("steps", range(1, 260, 3))
+@pytest.mark.parametrize("steps", range(1, 121))
 async def test_cancelled_anywhere_everything_is_delivered_once(
     tmp_path: Path, autojump_clock: MockClock, steps: int
 ) -> None:
-    """Cancel everything before the n-th step of any task: the next run delivers what is left, and all of it once."""
+    """Cancel everything before the n-th step of any task (the whole takes 110): the next run delivers what is left, and all of it once."""
     upstream = FakeUpstream(max_events=7)
     config = make_config(max_events=7, linger_seconds=0.2)
     accepted: list[bytes] = []
