@@ -18,8 +18,8 @@ from uuid import UUID
 import msgspec
 
 import relay.demo
-from relay.protocol.assemble import Piece, assemble
-from relay.protocol.codings import crc32, zstd_decompress
+from relay.protocol.assemble import Piece
+from relay.protocol.codings import crc32, crc32_combine, gzip_member, stored_blocks, zstd_decompress
 from relay.protocol.cut import body_prefix, body_suffix, overhead_bytes
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import Envelope, decode_batch
@@ -136,4 +136,15 @@ class Sessions:
         last_activity = b"%d" % (1_790_000_000_000 + count)
         prefix = body_prefix(Envelope(head, source.envelope.tail), last_activity, sequence)
         suffix = body_suffix(is_final=sequence == SESSION_BATCHES - 1)
-        return Body(assemble(prefix, [source.piece], suffix), len(prefix) + source.piece.events_bytes + len(suffix))
+        return Body(_compress(prefix, source.piece, suffix), len(prefix) + source.piece.events_bytes + len(suffix))
+
+
+def _compress(prefix: bytes, events: Piece, suffix: bytes) -> bytes:
+    """Return a gzip body whose envelope is stored: 300 bytes more than one stream, and inflated as fast within 5%.
+
+    Deflated apart it would cost the relay 4 µs that no browser's body costs, for a Huffman table of its own.
+    """
+    crc = crc32_combine(crc32(prefix), events.crc, events.events_bytes)
+    crc = crc32_combine(crc, crc32(suffix), len(suffix))
+    pieces = [stored_blocks(prefix), events.deflated, stored_blocks(suffix, final=True)]
+    return gzip_member(pieces, crc, len(prefix) + events.events_bytes + len(suffix))
