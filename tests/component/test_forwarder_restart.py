@@ -44,7 +44,7 @@ async def fill(it: Forwarding) -> None:
 async def test_cancelled_anywhere_everything_is_delivered_once(
     tmp_path: Path, autojump_clock: MockClock, steps: int
 ) -> None:
-    """Cancel everything before the n-th step of any task (the whole takes 110): the next run delivers what is left, and all of it once."""
+    """Cancel everything before the n-th step of any task, of some 110: the next run delivers what is left, once."""
     upstream = FakeUpstream(max_events=7)
     config = make_config(max_events=7, linger_seconds=0.2)
     accepted: list[bytes] = []
