@@ -272,15 +272,21 @@ class Store:
         if not rows:
             return None
         pending = [Pending(*row[:6]) for row in rows]
-        envelope = self._envelope(pending[0].envelope_id)
-        choice, is_final = self._choose(session_id, window_id, pending, envelope)
-        if choice.whole == 0 and choice.split_events == 0:
+        for first in range(len(rows)):
+            envelope = self._envelope(pending[first].envelope_id)
+            choice, is_final = self._choose(session_id, window_id, pending[first:], envelope)
+            if choice.whole or choice.split_events:
+                break
+            # A final that has to wait. The window went on behind it, if at all; that goes first.
+        else:
             return None
-        chosen = rows[: choice.whole]
+        end = first + choice.whole
+        chosen = rows[first:end]
         if choice.split_events:
-            first = self._split(window_id, rows[choice.whole], choice, envelope)
-            if first is not None:
-                chosen.append(first)
+            part = self._split(window_id, rows[end], choice, envelope)
+            if part is not None:
+                chosen.append(part)
+        left = rows[:first] or rows[end:]
         last_activity = b""
         for row in chosen:
             last_activity = later_activity(last_activity, row[4])
@@ -288,7 +294,7 @@ class Store:
         events = sum(row[1] for row in chosen)
         batch_id = self._insert(
             "INSERT INTO batch VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-            *(session_id, window_id, sequence, last_address, pending[0].envelope_id),
+            *(session_id, window_id, sequence, last_address, pending[first].envelope_id),
             *(last_activity, is_final, events, now),
         )
         self._db.execute(
@@ -296,14 +302,13 @@ class Store:
             (batch_id, window_id, sequence, last_address),
         )
         self._record_attempt(key_id, now)
-        return self._load(batch_id, rows[choice.whole][8] if choice.whole < len(rows) else None)
+        return self._load(batch_id, left[0][8] if left else None)
 
     def _choose(self, session_id: int, window_id: int, pending: list[Pending], envelope: Envelope) -> tuple[Cut, bool]:
         """Choose the cut, and whether it is sent as the final of its session.
 
-        A final waits until it is all that the session has left. If its own window went on behind it, or another final
-        of the session is pending behind it, the session has not ended here, and this one goes as a normal batch: they
-        would wait for each other.
+        A final waits until it is all that the session has left. If another final of the session is pending behind it,
+        that one will end the session, and this one goes as a normal batch: they would wait for each other.
         """
         choice = choose_cut(pending, envelope, self._limits, allow_final=True)
         if choice.whole == 0 or not pending[choice.whole - 1].is_final:
@@ -315,8 +320,6 @@ class Store:
         )
         if in_session == choice.whole:
             return choice, True
-        if choice.whole < len(pending):
-            return choice, False
         later_final = self._one(
             "SELECT 1 FROM window JOIN segment ON segment.window_id = window.id WHERE window.session_id = ?"
             " AND batch_id IS NULL AND is_final AND (address, window.id) > (?, ?) LIMIT 1",

@@ -63,12 +63,12 @@ def count(store: Store, table: str) -> int:
 # -- finals
 
 
-def test_final_goes_as_normal_where_its_window_went_on(tmp_path: Path) -> None:
-    """A page that comes back after its final (back-forward cache) does not block its session."""
+def test_final_waits_for_what_its_window_sent_behind_it(tmp_path: Path) -> None:
+    """A page that comes back after its final (back-forward cache) does not block its session, nor lose its final."""
     with opened(tmp_path) as store:
         window = append(store, make_body(sequence=0, flush="final")).window_id
         append(store, make_body(sequence=1))
-        assert seal_all(store, window) == [(0, False, 1), (16_384, False, 1)]
+        assert seal_all(store, window) == [(16_384, False, 1), (0, True, 1)]
 
 
 def test_of_two_finals_the_last_ends_the_session(tmp_path: Path) -> None:

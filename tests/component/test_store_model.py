@@ -285,6 +285,15 @@ class StoreMachine(RuleBasedStateMachine):
             len(sent.addresses) for sent in self.sealed.values() if sent.place[:2] == (key, session)
         )
 
+    def has_final_behind(self, place: Place, address: int) -> bool:
+        """Return whether a pending final of the session has a higher address."""
+        return any(
+            event.ends_session and (other, self.rows[window][2]) > (address, self.rows[place][2])
+            for window, events in self.pending.items()
+            if window[:2] == place[:2]
+            for other, event in events.items()
+        )
+
     def seal_place(self, place: Place) -> bool:
         """Seal, and hold the cut against the model."""
         window = self.pending[place]
@@ -293,13 +302,14 @@ class StoreMachine(RuleBasedStateMachine):
         if isinstance(load, Exception):
             raise load
         if load is None:
-            first = window[min(window)]
-            assert first.of_final, "only a final waits"
+            assert all(event.of_final for event in window.values()), "only a final waits"
             assert left > len(window), "and only for others"
             return False
         assert isinstance(load, Load)
         sent = read_upstream(load.body)
-        addresses = sorted(window)[: len(sent.events)]
+        waiting = [address for address in window if address < sent.sequence]
+        assert all(window[address].of_final for address in waiting), "only a final is passed over"
+        addresses = [address for address in sorted(window) if address >= sent.sequence][: len(sent.events)]
         events = [window.pop(address) for address in addresses]
         assert (sent.session, sent.window, sent.sequence) == (place[1], place[2], addresses[0])
         assert list(sent.events) == [event.text for event in events]
@@ -311,10 +321,13 @@ class StoreMachine(RuleBasedStateMachine):
         if sent.is_final:
             assert events[-1].ends_session
             assert left == len(events), "a final overtook the rest of its session"
-        if events[-1].ends_session and left == len(events):
-            assert sent.is_final
-        if window and not events[-1].ends_session:
-            following = window[min(window)]
+        elif events[-1].ends_session:
+            assert self.has_final_behind(place, addresses[-1]), (
+                "a final lost its meaning, and no other ends the session"
+            )
+        behind = [address for address in window if address > addresses[-1]]
+        if behind and not events[-1].ends_session:
+            following = window[min(behind)]
             assert (
                 following.of_final
                 or following.page != events[0].page
