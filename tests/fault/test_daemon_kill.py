@@ -62,11 +62,12 @@ async def test_kill_under_load(site: Site) -> None:
     await assert_accounted(site)
 
 
-async def test_kill_after_yes(site: Site) -> None:
-    """A relay that is killed the moment its 200 is on the wire has the batch on disk."""
+@pytest.mark.parametrize("durability", ["fsync", "os"])
+async def test_kill_after_yes(site: Site, durability: str) -> None:
+    """A relay that is killed the moment its 200 is on the wire has the batch on disk, however it is synced."""
     await site.start_sandbox()
-    await site.start_relay({"batch": {"linger_seconds": 3_600}})
-    for sequence in range(2 * ROUNDS + 4):
+    await site.start_relay({"batch": {"linger_seconds": 3_600}, "spool": {"durability": durability}})
+    for sequence in range(ROUNDS + 2):
         async with site.sdk() as sdk:
             await sdk.post(make_batch("s1", sequence))
             site.relay.kill()

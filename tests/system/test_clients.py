@@ -125,6 +125,18 @@ async def test_windows_share_sequences(site: Site) -> None:
     await assert_accounted(site)
 
 
+async def test_final_waits_for_other_tabs(site: Site) -> None:
+    """A final is the last that upstream gets of a session, even if it fills a batch and what is elsewhere does not."""
+    await site.start_sandbox("--latency", "0.1")
+    await site.start_relay({"batch": {"linger_seconds": 3_600}})
+    async with site.sdk() as sdk:
+        await sdk.post(make_batch("s1", 0, 3, window="w1"))
+        await sdk.post(make_batch("s1", 1, 1_200, window="w2"))
+        await sdk.post(make_batch("s1", 2, 500, window="w3", is_final=True))
+    await assert_accounted(site)
+    assert (await site.sandbox.session("s1"))["final"]
+
+
 async def test_refusals_say_why(site: Site) -> None:
     """What upstream would refuse is refused in its words, leaves nothing in the spool, and disturbs no other batch."""
     await site.start_sandbox()

@@ -15,7 +15,7 @@ import trio
 from tests.system.daemon import Relay, Site
 from tests.system.laws import assert_accounted
 from tests.system.traffic import KEY, TARGET, make_batch
-from tests.system.wire import connect
+from tests.system.wire import ask, connect
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=la
 async def test_request_in_hand_is_finished(site: Site, number: signal.Signals) -> None:
     """A request that lacks one byte when the signal comes is answered once it is whole, and is there after a restart.
 
-    A connection without a request is closed, and no other is opened.
+    Until then the relay says that it is not ready, has closed connections without a request, and opens no others.
     """
     await site.start_sandbox()
     relay = await site.start_relay({"batch": {"linger_seconds": 3_600}})
@@ -43,6 +43,8 @@ async def test_request_in_hand_is_finished(site: Site, number: signal.Signals) -
             assert await idle.stream.receive_some() == b""
         with pytest.raises(OSError, match="connect"):
             await trio.open_tcp_stream(*relay.address)
+        ready = await ask(f"{relay.admin}/readyz")
+        assert (ready.status, ready.json()["reasons"]) == (503, ["the relay is stopping"])
         await busy.stream.send_all(batch.body[-1:])
         reply = bytes(await busy.stream.receive_some())
     assert reply.startswith(b"HTTP/1.1 200 ")
