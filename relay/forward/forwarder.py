@@ -1,8 +1,9 @@
 """The forwarder: all lanes, what they share, and the bound on what they hold in memory.
 
 Rules:
-1. The schedules hold at most `forward.max_windows` windows. While more are pending they stay on disk, and are read
-   when half of those in memory are done; so memory does not grow with the backlog.
+1. The schedules hold about `forward.max_windows` windows; beyond them a key has its share all the same, so the total
+   is twice that at most. What is pending beyond stays on disk, and is read page by page, round after round, as room
+   is made. So memory does not grow with the backlog, and no key waits for another's.
 2. Stopping lets the deliveries in flight end, not the backlog. The caller bounds the wait.
 3. A lane that has been idle for longer than any budget remembers is forgotten.
 """
@@ -19,6 +20,9 @@ from relay.config import Config
 from relay.forward.lane import Client, Clocks, ForwardCounts, Lane, LaneStatus
 from relay.spool.spool import Spool
 from relay.spool.values import Appended, NewBatch, PendingWindow
+
+_PAGE_WINDOWS = 5_000
+"""Windows read from disk at a time: 10 ms of the writer's, in which no batch is acknowledged."""
 
 _KEEP_SECONDS = 10.0
 """Interval of looking for idle lanes and for windows that wait on disk."""
@@ -85,6 +89,10 @@ class Forwarder:
         self._lanes: dict[int, Lane] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._has_more = False
+        self._skipped = False
+        """Whether this round of reading has left windows on disk."""
+        self._read_after = 0
+        """Row of the window at which reading goes on."""
         self._stopping = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -140,23 +148,26 @@ class Forwarder:
         await self._read_pending()
 
     async def _read_pending(self) -> None:
-        """Take windows from the disk into the schedules, as many as there is room for."""
-        await self._spool.read_pending(self._config.forward.max_windows, self._note_pending)
+        """Take windows from the disk into the schedules (rule 1): a page, and more while there is much room."""
+        await self._spool.read_pending(self._read_after, _PAGE_WINDOWS, self._note_pending)
+        while self._read_after and self._pending_windows() < self._config.forward.max_windows // 2:
+            await self._spool.read_pending(self._read_after, _PAGE_WINDOWS, self._note_pending)
 
     def _note_pending(self, windows: list[PendingWindow]) -> None:
         if self._stopping.is_set():
             return
-        self._has_more = len(windows) == self._config.forward.max_windows
-        room = self._config.forward.max_windows - self._pending_windows()
         for window in windows:
             lane = self._lanes.get(window.key_id) or self._start_lane(window.key_id, window.key)
             if lane.knows(window.window_id):
                 continue
-            if not room:
-                self._has_more = True
-                return
-            room -= 1
-            lane.add(window)
+            if self._has_room(lane):
+                lane.add(window)
+            else:
+                self._skipped = True
+        if len(windows) == _PAGE_WINDOWS:
+            self._read_after, self._has_more = windows[-1].window_id, True
+        else:  # the end of the disk: what was skipped on the way is looked at in the next round
+            self._read_after, self._has_more, self._skipped = 0, self._skipped, False
 
     async def _lane(self, key_id: int) -> Lane:
         lane = self._lanes.get(key_id)
@@ -166,8 +177,8 @@ class Forwarder:
         if self._stopping.is_set():
             return
         lane = self._lanes.get(appended.key_id) or self._start_lane(appended.key_id, batch.key)
-        if not lane.knows(appended.window_id) and self._is_crowded():
-            self._has_more = True
+        if not lane.knows(appended.window_id) and not self._has_room(lane):
+            self._has_more = self._skipped = True
             return
         lane.add(
             PendingWindow(
@@ -182,8 +193,10 @@ class Forwarder:
             )
         )
 
-    def _is_crowded(self) -> bool:
-        return self._has_more or self._pending_windows() >= self._config.forward.max_windows
+    def _has_room(self, lane: Lane) -> bool:
+        """Return whether a lane may hold another window: while there is room for all, or up to its own share."""
+        max_windows = self._config.forward.max_windows
+        return self._pending_windows() < max_windows or lane.pending_windows < max_windows // len(self._lanes)
 
     def _add_lane(self, lanes: trio.Nursery, deliveries: trio.Nursery, key_id: int, key: str) -> Lane:
         lane = Lane(key_id, key, self._config, self._spool, self._client, self._clocks, self._counts, self._slots)
@@ -199,7 +212,7 @@ class Forwarder:
     async def _keep_house(self) -> None:
         while True:
             await trio.sleep(_KEEP_SECONDS)
-            if self._has_more and self._pending_windows() < self._config.forward.max_windows // 2:
+            if self._has_more:
                 await self._read_pending()
             for key_id in [key_id for key_id, lane in self._lanes.items() if lane.is_idle]:
                 self._scopes.pop(key_id).cancel()

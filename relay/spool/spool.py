@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -34,7 +35,7 @@ from relay.spool.values import Account, Appended, Load, NewBatch, PendingWindow,
 T = TypeVar("T")
 
 Run: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Runs a blocking call: in a thread, or inline under a virtual clock."""
+"""Runs a blocking call to its end, in a thread, or inline under a virtual clock. May be cancelled only before that."""
 
 _MAX_GROUP_STEPS = 256
 """Steps of one commit: at 25 µs each a commit's own cost is long shared, and nobody waits for much longer."""
@@ -119,13 +120,11 @@ class Spool:
         self._settings = settings
         self._run = run
         self._now = now
-        self._gathering = _Group()
-        self._taken = _Group()
-        """The group that is being committed, or was last."""
-        self._taken.committed.set()
+        self._groups = deque([_Group()])
+        """In order: the one that is being committed, if any, and the one that gathers steps."""
         self._work = trio.Event()
         self._reading = trio.Lock()
-        self._writing = trio.CancelScope(shield=True)  # until `close`, which has a deadline
+        self._writing = trio.Lock()
         self._closing = False
         self._used_bytes = store.used_bytes()
         self._free_bytes = store.free_bytes()
@@ -194,9 +193,9 @@ class Spool:
         """Return a key's secret."""
         return await self._step(lambda: self._store.key(key_id))
 
-    async def read_pending(self, max_windows: int, announce: Callable[[list[PendingWindow]], None]) -> None:
-        """Tell `announce`, in order of commit (rule 3), the windows with unsealed segments, `max_windows` at most."""
-        await self._step(lambda: self._store.pending_windows(max_windows), announce)
+    async def read_pending(self, after: int, max_windows: int, announce: Callable[[list[PendingWindow]], None]) -> None:
+        """Tell `announce`, in order of commit (rule 3), windows with unsealed segments, as `Store.pending_windows`."""
+        await self._step(lambda: self._store.pending_windows(after, max_windows), announce)
 
     async def sealed_batches(self) -> list[SealedBatch]:
         """Return what was sealed and not settled."""
@@ -263,11 +262,10 @@ class Spool:
     async def _submit(self, step: Step, size: int, announce: Callable[[Any], None] | None) -> Any:
         if self._closing:
             raise SpoolUnavailable("the spool is closed")
-        while len(self._gathering.steps) >= _MAX_GROUP_STEPS or (
-            self._gathering.steps and self._gathering.size + size > _MAX_GROUP_BYTES
-        ):
-            await self._gathering.taken.wait()
-        group = self._gathering
+        group = self._groups[-1]
+        while len(group.steps) >= _MAX_GROUP_STEPS or (group.steps and group.size + size > _MAX_GROUP_BYTES):
+            await group.taken.wait()
+            group = self._groups[-1]
         position = len(group.steps)
         group.steps.append(step)
         group.announce.append(announce)
@@ -280,16 +278,19 @@ class Spool:
         return result
 
     async def commit_groups(self) -> None:
-        """Commit group after group, until `close`."""
-        with self._writing:
-            await self._commit_groups()
-
-    async def _commit_groups(self) -> None:
+        """Commit group after group, until cancelled; `close` commits the rest."""
         while True:
             await self._work.wait()
-            group = self._taken = self._gathering
-            self._gathering, self._work = _Group(), trio.Event()
-            group.taken.set()
+            await self._commit_next()
+
+    async def _commit_next(self) -> None:
+        """Commit the first group. Cancelled before it is run, it stays the first."""
+        async with self._writing:
+            group = self._groups[0]
+            if len(self._groups) == 1:
+                self._groups.append(_Group())
+                self._work = trio.Event()
+                group.taken.set()
             try:
                 group.results, self._used_bytes, self._free_bytes = await self._run(partial(self._commit, group.steps))
             except SpoolUnavailable as error:
@@ -304,6 +305,7 @@ class Spool:
                 if self._failure:
                     log.warning("spool accepts batches again")
                 self._failure = ""
+            self._groups.popleft()
             for announce, result in zip(group.announce, group.results, strict=True):
                 if announce is not None and not isinstance(result, Exception):
                     announce(result)
@@ -320,27 +322,26 @@ class Spool:
         """Forget old marks and attempts, and notice when a disk works again, until cancelled."""
         while True:
             await trio.sleep(_PRUNE_SECONDS)
-            now = self._now()
             try:
-                self._marks_forgotten += await self._step(
-                    partial(
-                        self._store.prune,
-                        now - self._settings.dedupe_seconds,
-                        self._settings.dedupe_max_marks,
-                        now - _ATTEMPT_SECONDS,
-                    )
-                )
+                if self._failure:
+                    await self._step(self._store.try_disk)
+                self._marks_forgotten += await self._step(partial(self._prune, self._now()))
             except SpoolUnavailable:
                 continue  # logged where the commit failed
 
+    def _prune(self, now: float) -> int:
+        settings = self._settings
+        return self._store.prune(now - settings.dedupe_seconds, settings.dedupe_max_marks, now - _ATTEMPT_SECONDS)
+
     async def close(self) -> None:
-        """Commit what was submitted, as far as `_CLOSE_SECONDS` allow, then end the writer."""
+        """Commit what was submitted, as far as `_CLOSE_SECONDS` allow; whoever still waits is told that it was not."""
         self._closing = True
         with trio.move_on_after(_CLOSE_SECONDS, shield=True):
-            while self._gathering.steps:
-                await self._gathering.committed.wait()
-            await self._taken.committed.wait()
-        self._writing.cancel()
+            while self._groups[0].steps:
+                await self._commit_next()
+        for group in self._groups:
+            group.results = [SpoolUnavailable("the spool is closed")] * len(group.steps)
+            group.committed.set()
 
 
 @asynccontextmanager

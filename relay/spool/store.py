@@ -424,15 +424,16 @@ class Store:
         """Return a key's secret."""
         return str(self._one("SELECT secret FROM key WHERE id = ?", (key_id,)))
 
-    def pending_windows(self, max_windows: int) -> list[PendingWindow]:
-        """Return windows that have unsealed segments, at most `max_windows`, those of the oldest rows first."""
+    def pending_windows(self, after: int, max_windows: int) -> list[PendingWindow]:
+        """Return windows that have unsealed segments: the first `max_windows` by row after the row `after`."""
         rows = self._all(
             "SELECT key_id, secret, session_id, window_id, events, bytes, oldest, finals FROM"
             " (SELECT window_id, sum(events) events, sum(events_bytes) bytes, min(accepted_at) oldest,"
-            " sum(is_final) finals FROM segment WHERE batch_id IS NULL GROUP BY window_id LIMIT ?)"
+            " sum(is_final) finals FROM segment WHERE window_id > ? AND batch_id IS NULL"
+            " GROUP BY window_id ORDER BY window_id LIMIT ?)"
             " JOIN window ON window.id = window_id JOIN session ON session.id = session_id"
-            " JOIN key ON key.id = key_id",
-            (max_windows,),
+            " JOIN key ON key.id = key_id ORDER BY window_id",
+            (after, max_windows),
         )
         return [PendingWindow(*row) for row in rows]
 
@@ -445,6 +446,10 @@ class Store:
         """Return the sends that began after `since`, and forget the others."""
         self._db.execute("DELETE FROM attempt WHERE at <= ?", (since,))
         return [Recent(*row) for row in self._all("SELECT key_id, at FROM attempt ORDER BY at")]
+
+    def try_disk(self) -> None:
+        """Write something that changes nothing: fails where the disk refuses writes."""
+        self._db.execute("UPDATE counter SET value = value")
 
     def prune(self, before: float, max_marks: int, attempts_before: float) -> int:
         """Forget a step's worth of old marks and attempts, and sessions of which nothing is left.

@@ -318,6 +318,29 @@ async def test_more_windows_than_memory_holds(tmp_path: Path, autojump_clock: Mo
     assert max(held) == 100
 
 
+async def test_stuck_key_leaves_memory_to_the_others(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A refused key with more windows than memory holds keeps no other key waiting."""
+
+    async def answer(arrival: Arrival) -> Reply:
+        if arrival.key == "luc_pk_bad":
+            return Reply(401, {}, b"")
+        return OK
+
+    upstream = FakeUpstream(answer)
+    config = make_config(requests_per_minute=0, max_windows=100, linger_seconds=0.5)
+    async with forwarding(tmp_path, upstream, config) as it:
+        for number in range(150):
+            await it.accept(f"bad{number}", key="luc_pk_bad")
+        for number in range(120):
+            await it.accept(f"good{number}", key="luc_pk_good")
+        await trio.sleep(200)
+        assert {arrival.batch.session for arrival in upstream.arrivals if arrival.key == "luc_pk_good"} == {
+            f"good{number}" for number in range(120)
+        }
+        assert it.forwarder.statistics().pending_windows <= 200
+        assert_accounted(await it.spool.account(), accepted=270, delivered=120)
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_erratic_upstream_gets_each_event_once(tmp_path: Path, autojump_clock: MockClock, seed: int) -> None:
     """Through errors, lost answers, limits and restarts, upstream has every event once, and the account says so."""

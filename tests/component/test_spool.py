@@ -306,5 +306,5 @@ async def test_recent_sends_are_remembered_for_the_budget(tmp_path: Path, autoju
         [recent] = await spool.recent_attempts()
         assert wall_clock() - recent.at == pytest.approx(30)
         assert [batch.batch_id for batch in await spool.sealed_batches()] == [load.batch.batch_id]
-        await spool.read_pending(10, lambda windows: ignore(pytest.fail("pending") if windows else None))
+        await spool.read_pending(0, 10, lambda windows: ignore(pytest.fail("pending") if windows else None))
         assert_accounted(await spool.account(), accepted=1, sealed=1)
