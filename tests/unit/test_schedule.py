@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import heapq
+import sys
+from math import inf
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from relay.protocol.cut import Limits
+from relay.protocol.schedule import Choice, Schedule
+
+LIMITS = Limits(10, 1_000)
+LINGER = 5.0
+ORDER = ("retry", "full", "awaited", "final", "lingered")
+
+
+class FakeWindow(msgspec.Struct):
+    """A window as the model knows it."""
+
+    session_id: int
+    oldest_at: float
+    events: int = 0
+    events_bytes: int = 0
+    finals: int = 0
+    is_withheld: bool = False
+
+
+class FakeSession(msgspec.Struct):
+    """A session as the model knows it."""
+
+    choice: Choice | None = None
+    batch_id: int | None = None
+    retry_at: float = inf
+
+
+class Model:
+    """The schedule as plain lists that are looked through every time."""
+
+    def __init__(self) -> None:
+        self.windows: dict[int, FakeWindow] = {}
+        self.sessions: dict[int, FakeSession] = {}
+
+    def candidates(self) -> list[tuple[float, int, float, int, int | None]]:
+        """Return (due_at, rank, age, session, window) of everything that may be sent at some time."""
+        found: list[tuple[float, int, float, int, int | None]] = []
+        for session_id, session in self.sessions.items():
+            if session.choice is None and session.batch_id is not None:
+                found.append((session.retry_at, 0, session.retry_at, session_id, None))
+        for window_id, window in self.windows.items():
+            session = self.sessions[window.session_id]
+            if session.choice is not None or session.batch_id is not None or window.is_withheld:
+                continue
+            has_final = any(w.finals for w in self.windows.values() if w.session_id == window.session_id)
+            is_full = window.events >= LIMITS.max_events or window.events_bytes >= LIMITS.max_bytes
+            if window.finals:
+                rank = 3
+            elif is_full:
+                rank = 1
+            else:
+                rank = 2 if has_final else 4
+            due_at = window.oldest_at + LINGER if rank == 4 else -inf
+            found.append((due_at, rank, window.oldest_at, window.session_id, window_id))
+        return found
+
+
+class ScheduleMachine(RuleBasedStateMachine):
+    """Whatever happens in whatever order, the schedule answers as the model does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedule = Schedule(LIMITS, LINGER)
+        self.model = Model()
+        self.now = 100.0
+        self.batches = 0
+        self.changes = 0
+
+    @initialize(
+        found=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8)), max_size=3, unique_by=lambda pair: pair[0])
+    )
+    def restore(self, found: list[tuple[int, int]]) -> None:
+        """Sealed batches of an earlier run, one a session."""
+        for session_id, delay in found:
+            self.batches += 1
+            self.schedule.retry_at(session_id, self.batches, self.now + delay)
+            self.model.sessions[session_id] = FakeSession(None, self.batches, self.now + delay)
+
+    @rule(
+        session_id=st.integers(1, 3),
+        number=st.integers(1, 3),
+        events=st.sampled_from([1, 1, 3, 9, 10]),
+        events_bytes=st.sampled_from([1, 10, 999, 1_000]),
+        finals=st.sampled_from([0, 0, 0, 1]),
+        age=st.sampled_from([0, 0, 1, 7]),
+    )
+    def add(self, session_id: int, number: int, events: int, events_bytes: int, finals: int, age: int) -> None:
+        """Segments accepted, now or before a restart."""
+        window_id = 10 * session_id + number
+        self.changes += 1
+        counts = {"events": events, "events_bytes": events_bytes, "finals": finals}
+        self.schedule.add(session_id, window_id, **counts, oldest_at=self.now - age)
+        self.model.sessions.setdefault(session_id, FakeSession())
+        window = self.model.windows.setdefault(window_id, FakeWindow(session_id, self.now - age))
+        window.events += events
+        window.events_bytes += events_bytes
+        window.finals += finals
+        self._let_go(session_id)
+
+    @rule(seconds=st.sampled_from([0.5, 1, 4, 5, 20]))
+    def wait(self, seconds: float) -> None:
+        """Time passes."""
+        self.now += seconds
+
+    @rule()
+    def choose(self) -> None:
+        """Something is chosen just when something is due, and it is the first by rank and age."""
+        due = [found[1:] for found in self.model.candidates() if found[0] <= self.now]
+        choice = self.schedule.choose(self.now)
+        if not due:
+            assert choice is None
+            return
+        assert choice is not None
+        session = self.model.sessions[choice.session_id]
+        assert session.choice is None
+        rank, age = min(found[:2] for found in due)
+        assert (rank, age, choice.session_id, choice.window_id) in due
+        assert choice.reason == ORDER[rank]
+        assert choice.batch_id == (None if choice.window_id else session.batch_id)
+        session.choice = choice
+
+    def in_flight(self) -> list[int]:
+        """Return the sessions that are busy."""
+        return [session_id for session_id, session in self.model.sessions.items() if session.choice]
+
+    @precondition(lambda self: self.in_flight())
+    @rule(
+        data=st.data(),
+        ending=st.sampled_from(["delivered", "delivered", "retry", "untouched", "withheld"]),
+        share=st.sampled_from([1.0, 0.5]),
+        delay=st.integers(0, 9),
+    )
+    def finish(self, data: st.DataObject, ending: str, share: float, delay: int) -> None:
+        """What is in flight is sealed or not, and settled, sent again later, given up, or withheld."""
+        session_id = data.draw(st.sampled_from(self.in_flight()))
+        session = self.model.sessions[session_id]
+        assert session.choice is not None
+        window_id = session.choice.window_id
+        session.choice = None
+        self.changes += 1
+        if window_id is not None and ending == "withheld":
+            self.schedule.withhold(session_id, window_id)
+            self.model.windows[window_id].is_withheld = True
+            return
+        if window_id is not None and ending != "untouched":
+            self._seal(window_id, share)
+        if ending == "retry":
+            self.batches += 1
+            session.batch_id = session.batch_id or self.batches
+            session.retry_at = self.now + delay
+            self.schedule.retry_at(session_id, session.batch_id, session.retry_at)
+            return
+        self.schedule.release(session_id)
+        session.batch_id = None
+        self._let_go(session_id)
+        if not any(window.session_id == session_id for window in self.model.windows.values()):
+            del self.model.sessions[session_id]
+
+    def _seal(self, window_id: int, share: float) -> None:
+        window = self.model.windows[window_id]
+        events = max(1, int(window.events * share))
+        taken_bytes = int(window.events_bytes * share)
+        leaves = events < window.events
+        finals = 0 if leaves else window.finals
+        left_at = window.oldest_at + 1 if leaves else None
+        self.schedule.seal(window_id, events=events, events_bytes=taken_bytes, finals=finals, next_oldest_at=left_at)
+        if left_at is None:
+            del self.model.windows[window_id]
+            return
+        window.events -= events
+        window.events_bytes -= taken_bytes
+        window.finals -= finals
+        window.oldest_at = left_at
+
+    def _let_go(self, session_id: int) -> None:
+        for window in self.model.windows.values():
+            if window.session_id == session_id:
+                window.is_withheld = False
+
+    @invariant()
+    def wakes_up_in_time(self) -> None:
+        """The next moment to look is the moment when the next thing is due: neither later nor for nothing."""
+        due_at = min((found[0] for found in self.model.candidates()), default=inf)
+        assert self.schedule.ready_at(self.now) == max(due_at, self.now)
+
+    @invariant()
+    def knows_what_is_pending(self) -> None:
+        """Windows and sessions are those of the model."""
+        assert len(self.schedule) == len(self.model.windows)
+        assert all(self.schedule.has_window(window_id) for window_id in self.model.windows)
+        assert not self.schedule.has_window(99)
+        assert self.schedule.is_empty == (not self.model.sessions)
+
+    @invariant()
+    def keeps_little(self) -> None:
+        """Entries are at most one for each session, and stale ones a few for each change since."""
+        entries = len(self.schedule._waiting) + len(self.schedule._ready)
+        assert entries <= len(self.model.sessions) + self.changes
+        assert sum(len(session.queue) for session in self.schedule._sessions.values()) <= 3 * self.changes
+
+    def teardown(self) -> None:
+        """Nothing is forgotten: with upstream well, all that is pending is chosen within the linger time."""
+        for session_id in self.in_flight():
+            self.schedule.release(session_id)
+        for window_id, window in self.model.windows.items():
+            self.schedule.add(window.session_id, window_id, events=1, events_bytes=1, finals=0, oldest_at=self.now)
+        left = set(self.model.windows)
+        self.now += 100
+        while (choice := self.schedule.choose(self.now)) is not None:
+            if choice.window_id is not None:
+                left.remove(choice.window_id)
+                counts = {"events": 10**9, "events_bytes": 0, "finals": self.model.windows[choice.window_id].finals}
+                self.schedule.seal(choice.window_id, **counts, next_oldest_at=None)
+            self.schedule.release(choice.session_id)
+        assert not left
+        assert self.schedule.is_empty
+        assert self.schedule.ready_at(self.now) == inf
+
+
+TestSchedule = ScheduleMachine.TestCase
+TestSchedule.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+
+
+def make_schedule(windows: int, per_session: int) -> Schedule:
+    """Return a schedule of windows that linger, evenly spread over sessions."""
+    schedule = Schedule(LIMITS, LINGER)
+    for number in range(windows):
+        counts = {"events": 1, "events_bytes": 10, "finals": 0}
+        schedule.add(1 + number // per_session, 1 + number, **counts, oldest_at=number / windows)
+    return schedule
+
+
+def count_heap_steps(call: Any) -> int:
+    """Return how many entries are pushed or popped while a function runs."""
+    steps = 0
+
+    def note(_frame: object, event: str, what: object) -> None:
+        nonlocal steps
+        steps += event == "c_call" and what in (heapq.heappush, heapq.heappop)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return steps
+
+
+def serve(schedule: Schedule, now: float) -> bool:
+    """Deliver one window; returns whether there was one."""
+    schedule.ready_at(now)
+    choice = schedule.choose(now)
+    if choice is None:
+        return False
+    assert choice.window_id is not None
+    schedule.seal(choice.window_id, events=1, events_bytes=10, finals=0, next_oldest_at=None)
+    schedule.ready_at(now)
+    schedule.release(choice.session_id)
+    return True
+
+
+@pytest.mark.parametrize("per_session", [1, 10, 20_000])
+def test_a_delivery_costs_a_few_heap_steps_however_much_is_pending(per_session: int) -> None:
+    """With 20 000 windows due, in one session or in as many, each is pushed and popped a constant number of times."""
+    windows = 20_000
+    schedule = make_schedule(windows, per_session)
+    first = count_heap_steps(lambda: schedule.ready_at(100.0))
+    assert first <= 2 * windows // per_session + 1  # what has become due at once is moved once
+    served = 0
+
+    def serve_all() -> None:
+        nonlocal served
+        while serve(schedule, 100.0):
+            served += 1
+
+    assert count_heap_steps(serve_all) <= 6 * windows
+    assert served == windows
+
+
+def test_waiting_costs_nothing() -> None:
+    """Asking again while nothing is due moves no entry."""
+    schedule = make_schedule(5_000, 1)
+    assert count_heap_steps(lambda: [schedule.ready_at(1.0) for _ in range(100)]) == 0
+    assert schedule.ready_at(1.0) == LINGER
+
+
+def test_batches_behind_a_pending_final_leave_no_entries() -> None:
+    """While nothing can be sent, a session that goes on after its final takes no more room."""
+    schedule = Schedule(LIMITS, LINGER)
+    schedule.add(1, 1, events=1, events_bytes=1, finals=1, oldest_at=0)
+    for number in range(1_000):
+        schedule.add(1, 2, events=1, events_bytes=1, finals=number % 2, oldest_at=number)
+        assert schedule.ready_at(number) == number
+    assert len(schedule._waiting) + len(schedule._ready) < 10
+    assert len(schedule._sessions[1].queue) < 10
+
+
+def test_a_seal_that_left_more_than_was_counted_is_believed() -> None:
+    """The spool knows better: what it says is left stays scheduled, whatever the count says."""
+    schedule = Schedule(LIMITS, LINGER)
+    schedule.add(1, 1, events=10, events_bytes=1, finals=0, oldest_at=0)
+    choice = schedule.choose(0)
+    assert choice == Choice(1, 1, None, "full")
+    schedule.seal(1, events=10, events_bytes=1, finals=0, next_oldest_at=3)
+    schedule.release(1)
+    assert schedule.ready_at(0) == 3 + LINGER
+    assert schedule.choose(3 + LINGER) == Choice(1, 1, None, "lingered")
