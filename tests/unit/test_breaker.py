@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from relay.protocol.breaker import Breaker
+
+
+def opened(max_failures: int = 3) -> Breaker:
+    """Return a breaker that failures have opened, whose probe is due at 10."""
+    breaker = Breaker(max_failures)
+    for _ in range(max_failures):
+        breaker.begin()
+        breaker.fail(0.0, 10.0)
+        breaker.end()
+    return breaker
+
+
+def test_it_opens_at_the_last_of_a_row_of_failures() -> None:
+    """Up to then sends may begin at any time, after it only at the probe's."""
+    breaker = Breaker(3)
+    for failures in (1, 2, 3):
+        assert (breaker.is_open, breaker.ready_at()) == (False, -inf)
+        breaker.begin()
+        breaker.fail(5.0, 2.0)
+        breaker.end()
+        assert breaker.failures == failures
+    assert (breaker.is_open, breaker.ready_at()) == (True, 7.0)
+
+
+def test_a_success_between_failures_starts_the_row_anew() -> None:
+    """Only failures in a row count."""
+    breaker = Breaker(2)
+    for _ in range(5):
+        breaker.fail(0.0, 1.0)
+        breaker.succeed()
+    assert (breaker.is_open, breaker.failures) == (False, 0)
+
+
+def test_probes_go_one_at_a_time() -> None:
+    """While a probe is out nothing else may begin; its failure sets the time of the next."""
+    breaker = opened()
+    assert breaker.ready_at() == 10.0
+    breaker.begin()
+    assert breaker.ready_at() == inf
+    breaker.fail(12.0, 30.0)
+    breaker.end()
+    assert (breaker.is_open, breaker.ready_at(), breaker.failures) == (True, 42.0, 4)
+
+
+def test_a_probe_that_succeeds_closes_it() -> None:
+    """Then everything may go at once, and the row is forgotten."""
+    breaker = opened()
+    breaker.begin()
+    breaker.succeed()
+    breaker.end()
+    assert (breaker.is_open, breaker.ready_at(), breaker.failures) == (False, -inf, 0)
+
+
+def test_a_probe_that_came_to_nothing_may_be_repeated_at_once() -> None:
+    """Where there was nothing to send after all, the probe's time has still come."""
+    breaker = opened()
+    breaker.begin()
+    breaker.end()
+    assert breaker.ready_at() == 10.0
+
+
+def test_an_older_send_that_fails_does_not_let_a_second_probe_out() -> None:
+    """What was in flight when it opened has to end before the first probe, and ends no probe."""
+    breaker = Breaker(1)
+    for _ in range(3):
+        breaker.begin()
+    breaker.fail(0.0, 1.0)
+    breaker.end()
+    assert breaker.ready_at() == inf
+    breaker.fail(5.0, 1.0)
+    breaker.end()
+    assert breaker.ready_at() == inf
+    breaker.end()
+    assert breaker.ready_at() == 6.0
+
+
+def test_an_older_send_that_succeeds_closes_it() -> None:
+    """An answer is an answer, whenever its request began."""
+    breaker = Breaker(1)
+    breaker.begin()
+    breaker.begin()
+    breaker.fail(0.0, 1.0)
+    breaker.end()
+    breaker.succeed()
+    breaker.end()
+    assert breaker.ready_at() == -inf
+
+
+def test_it_can_be_tripped_at_once() -> None:
+    """One answer that concerns the whole key is enough."""
+    breaker = Breaker(1_000)
+    breaker.begin()
+    breaker.trip(1.0, 60.0)
+    breaker.end()
+    assert (breaker.is_open, breaker.ready_at(), breaker.failures) == (True, 61.0, 1)
+
+
+class BreakerMachine(RuleBasedStateMachine):
+    """Against a list of outcomes: open just after enough failures in a row, and then one at a time."""
+
+    @initialize(max_failures=st.integers(1, 4))
+    def make(self, max_failures: int) -> None:
+        """A closed breaker."""
+        self.max_failures = max_failures
+        self.breaker = Breaker(max_failures)
+        self.outcomes: list[str] = []
+        self.in_flight = 0
+        self.now = 0.0
+        self.probe_at = -inf
+
+    @rule(seconds=st.integers(0, 5))
+    def wait(self, seconds: int) -> None:
+        """Time passes."""
+        self.now += seconds
+
+    @rule()
+    def begin(self) -> None:
+        """A send begins, if it may."""
+        if self.breaker.ready_at() <= self.now:
+            assert not (self.breaker.is_open and self.in_flight)
+            self.breaker.begin()
+            self.in_flight += 1
+
+    @precondition(lambda self: self.in_flight)
+    @rule(outcome=st.sampled_from(["success", "failure", "trip", "nothing"]), delay=st.integers(0, 9))
+    def end(self, outcome: str, delay: int) -> None:
+        """A send ends."""
+        if outcome == "success":
+            self.breaker.succeed()
+        elif outcome == "failure":
+            self.breaker.fail(self.now, delay)
+        elif outcome == "trip":
+            self.breaker.trip(self.now, delay)
+        if outcome in ("failure", "trip"):
+            self.probe_at = self.now + delay
+        if outcome != "nothing":
+            self.outcomes.append(outcome)
+        self.breaker.end()
+        self.in_flight -= 1
+
+    @invariant()
+    def agrees(self) -> None:
+        """Open and ready as the outcomes since the last success say."""
+        row = self.outcomes[max((at + 1 for at, found in enumerate(self.outcomes) if found == "success"), default=0) :]
+        is_open = len(row) >= self.max_failures or "trip" in row
+        assert (self.breaker.is_open, self.breaker.failures) == (is_open, len(row))
+        if not is_open:
+            assert self.breaker.ready_at() == -inf
+        else:
+            assert self.breaker.ready_at() == (inf if self.in_flight else self.probe_at)
+
+
+TestBreaker = BreakerMachine.TestCase
+
+
+@pytest.mark.parametrize("max_failures", [1, 2, 50])
+def test_it_stays_closed_one_failure_short(max_failures: int) -> None:
+    """The threshold is exact."""
+    breaker = Breaker(max_failures)
+    for _ in range(max_failures - 1):
+        breaker.fail(0.0, 1.0)
+    assert not breaker.is_open
+    breaker.fail(0.0, 1.0)
+    assert breaker.is_open
