@@ -112,7 +112,7 @@ async def test_trouble_of_every_kind(site: Site) -> None:
     await site.start_sandbox("--seed", "3")
     await site.sandbox.fault(error_rate=0.4, error_status=statuses, drop_after_rate=0.1)
     await site.start_relay(
-        {"forward": {"backoff_base_seconds": 0.01, "backoff_max_seconds": 0.05, "hold_seconds": 0.05}}
+        {"forward": {"backoff_base_seconds": 0.01, "backoff_max_seconds": 0.02, "hold_seconds": 0.02}}
     )
     seen: set[int] = set()
     with trio.fail_after(DEADLINE_SECONDS):
