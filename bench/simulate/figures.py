@@ -1,0 +1,75 @@
+"""The figures of a run, and how they are summed up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from relay.protocol.cut import Limits
+
+
+class Delays(msgspec.Struct, frozen=True):
+    """Seconds from the relay's yes to upstream's, over events."""
+
+    p50: float
+    p95: float
+    max: float
+    count: int
+    """Events."""
+
+
+def delays(found: Iterable[tuple[float, int]]) -> Delays:
+    """Sum up delays with their numbers of events."""
+    ordered = sorted(found)
+    total = sum(count for _, count in ordered)
+    if not total:
+        return Delays(0.0, 0.0, 0.0, 0)
+    return Delays(_quantile(ordered, total * 0.5), _quantile(ordered, total * 0.95), ordered[-1][0], total)
+
+
+def _quantile(ordered: list[tuple[float, int]], rank: float) -> float:
+    seen = 0
+    for delay, count in ordered:
+        seen += count
+        if seen >= rank:
+            return delay
+    return ordered[-1][0]
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What came of a trace, sent in one way."""
+
+    seconds: float
+    """Length of the trace; sending goes on behind it until all is delivered."""
+    events: int
+    """Of the trace."""
+    delivered: int
+    """Events upstream at the end of the trace."""
+    lost: int
+    """Events that never get there."""
+    ruined: int
+    """Events that got there, but cannot be replayed for lack of an earlier one."""
+    requests: int
+    """All, with those behind the trace."""
+    limited: int
+    """429s brought upon itself."""
+    fullness: float
+    """Mean over the upstream batches: the share of the nearer limit that is used."""
+    all: Delays
+    finals: Delays
+    """Events of batches that end a session."""
+    snapshots: Delays
+    """First full snapshots."""
+    by_reason: dict[str, int]
+    """Upstream batches by why they were sent."""
+
+    @property
+    def delivered_share(self) -> float:
+        """Share of the events upstream at the end of the trace and fit for replay."""
+        return (self.delivered - self.ruined) / self.events if self.events else 1.0
+
+
+def fullness(events: int, events_bytes: int, limits: Limits) -> float:
+    """Return how full a batch is: the share of the nearer limit; a single larger event is full."""
+    return min(1.0, max(events / limits.max_events, events_bytes / limits.max_bytes))
