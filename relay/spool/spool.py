@@ -203,7 +203,7 @@ class Spool:
 
     async def recent_attempts(self) -> list[Recent]:
         """Return the sends that still count against a budget."""
-        return await self._step(lambda: self._store.recent_attempts(self._now() - _ATTEMPT_SECONDS))
+        return await self._step(lambda: self._store.retention.recent_attempts(self._now() - _ATTEMPT_SECONDS))
 
     # -- the account
 
@@ -331,7 +331,9 @@ class Spool:
 
     def _prune(self, now: float) -> int:
         settings = self._settings
-        return self._store.prune(now - settings.dedupe_seconds, settings.dedupe_max_marks, now - _ATTEMPT_SECONDS)
+        return self._store.retention.prune(
+            now - settings.dedupe_seconds, settings.dedupe_max_marks, now - _ATTEMPT_SECONDS
+        )
 
     async def close(self) -> None:
         """Commit what was submitted, as far as `_CLOSE_SECONDS` allow; whoever still waits is told that it was not."""

@@ -22,19 +22,17 @@ from relay.protocol.cut import Cut, Limits, Pending, address, body_prefix, body_
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import Envelope
 from relay.protocol.schema import MAX_BATCH_EVENTS
-from relay.spool.values import Appended, Load, NewBatch, PendingWindow, Recent, SealedBatch
+from relay.spool.retention import Retention
+from relay.spool.values import Appended, Load, NewBatch, PendingWindow, SealedBatch
 
-_CACHE_ENTRIES = 20_000
-"""Rows of windows and envelopes remembered, about 300 bytes each; a miss costs a few index look-ups."""
+_CACHE_ENTRIES = 5_000
+"""Rows of windows and of envelopes remembered, about 500 bytes each; a miss costs a few index look-ups, 5 µs."""
 
 _VACUUM_FLOOR_PAGES = 2_048
 """32 MiB of free pages are kept for the next burst before any is given back to the file system."""
 
 _VACUUM_STEP_PAGES = 256
 """Pages given back with one commit: at most 4 MiB of copying, so no commit is held up for long."""
-
-_PRUNE_STEP = 500
-"""Marks looked at by one call of `prune`."""
 
 _DISK_ERRORS = (
     *(apsw.FullError, apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.NoMemError, apsw.CorruptError),
@@ -59,7 +57,8 @@ class Store:
         self._limits = limits
         self._max_keys = max_keys
         self._deflater = SegmentDeflater()
-        self._prune_after = 0
+        self.retention = Retention(connection, lambda: self._windows.clear())
+        """What is remembered of batches, and for how long."""
         self._reset()
 
     def _reset(self) -> None:
@@ -442,63 +441,6 @@ class Store:
         rows = self._all("SELECT id FROM batch WHERE parked IS NULL ORDER BY id")
         return [self._sealed(batch_id)[0] for (batch_id,) in rows]
 
-    def recent_attempts(self, since: float) -> list[Recent]:
-        """Return the sends that began after `since`, and forget the others."""
-        self._db.execute("DELETE FROM attempt WHERE at <= ?", (since,))
-        return [Recent(*row) for row in self._all("SELECT key_id, at FROM attempt ORDER BY at")]
-
     def try_disk(self) -> None:
         """Write something that changes nothing: fails where the disk refuses writes."""
         self._db.execute("UPDATE counter SET value = value")
-
-    def prune(self, before: float, max_marks: int, attempts_before: float) -> int:
-        """Forget a step's worth of old marks and attempts, and sessions of which nothing is left.
-
-        Args:
-            before: Marks accepted earlier than this (wall clock) go.
-            max_marks: Marks beyond this number go too, the oldest first.
-            attempts_before: Attempts that began earlier than this go.
-
-        Returns:
-            The number of marks forgotten. By age a session's marks go together, once it is quiet: as long as it sends,
-            another of its windows may use an old sequence, whose addresses must not be given out twice. Marks of a
-            session with events in the spool stay.
-        """
-        self._db.execute("DELETE FROM attempt WHERE at < ?", (attempts_before,))
-        beyond = self._one("SELECT coalesce(max(id), 0) FROM mark") - max_marks
-        rows = self._all(
-            "SELECT id, session_id, accepted_at FROM mark WHERE id > ? ORDER BY id LIMIT ?",
-            (self._prune_after, _PRUNE_STEP),
-        )
-        old = [row for row in rows if row[2] < before or row[0] <= beyond]
-        self._prune_after = old[-1][0] if len(old) == _PRUNE_STEP else 0
-        is_live = {session_id: self._is_live(session_id, before) for _, session_id, _ in old}
-        is_spooled = {session_id: self._is_spooled(session_id) for _, session_id, _ in old}
-        forgotten = 0
-        for mark_id, session_id, _ in old:
-            if is_spooled[session_id] or (is_live[session_id] and mark_id > beyond):
-                continue
-            self._db.execute("DELETE FROM mark WHERE id = ?", (mark_id,))
-            forgotten += 1
-            if self._one("SELECT 1 FROM mark WHERE session_id = ? LIMIT 1", (session_id,)) is None:
-                self._forget_session(session_id)
-        return forgotten
-
-    def _is_live(self, session_id: int, since: float) -> bool:
-        """Return whether anything of the session was accepted since then."""
-        found = self._one("SELECT 1 FROM mark WHERE session_id = ? AND accepted_at >= ? LIMIT 1", (session_id, since))
-        return found is not None
-
-    def _is_spooled(self, session_id: int) -> bool:
-        found = self._one(
-            "SELECT 1 FROM window JOIN segment ON segment.window_id = window.id WHERE window.session_id = ? LIMIT 1",
-            (session_id,),
-        )
-        return found is not None
-
-    def _forget_session(self, session_id: int) -> None:
-        self._windows.clear()
-        self._db.execute("DELETE FROM window WHERE session_id = ?", (session_id,))
-        key_id = self._one("DELETE FROM session WHERE id = ? RETURNING key_id", (session_id,))
-        if self._one("SELECT 1 FROM session WHERE key_id = ? LIMIT 1", (key_id,)) is None:
-            self._db.execute("DELETE FROM key WHERE id = ?", (key_id,))

@@ -226,7 +226,7 @@ class StoreMachine(RuleBasedStateMachine):
                     self.upstream.get(identity[:2], set()).difference_update(range(begin, begin + count))
         remembered = {identity[:2] for identity, marks in self.marks.items() if marks}
         self.rows = {place: row for place, row in self.rows.items() if place[:2] in remembered | busy}
-        assert self.store.transact([lambda: self.store.prune(before, max_marks, before)]) == [forgotten]
+        assert self.store.transact([lambda: self.store.retention.prune(before, max_marks, before)]) == [forgotten]
 
     @rule()
     def crash(self) -> None:

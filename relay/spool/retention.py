@@ -1,0 +1,93 @@
+"""What the spool remembers of what it no longer holds, and how long: client batches, sends, sessions, keys.
+
+Steps of a group, like those of `Store`. Each call does a bounded amount of work, so no commit is held up for long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import apsw
+
+from relay.spool.values import Recent
+
+_PRUNE_STEP = 500
+"""Marks looked at by one call of `prune`."""
+
+
+class Retention:
+    """The memory of one spool database.
+
+    Args:
+        connection: The store's.
+        on_forgotten: Called when a session is forgotten: rows known from earlier steps may be gone.
+    """
+
+    def __init__(self, connection: apsw.Connection, on_forgotten: Callable[[], None]) -> None:
+        self._db = connection
+        self._on_forgotten = on_forgotten
+        self._prune_after = 0
+        """Row of the mark at which the next call goes on."""
+
+    def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
+        row = self._db.execute(sql, bindings).fetchone()
+        return None if row is None else row[0]
+
+    def recent_attempts(self, since: float) -> list[Recent]:
+        """Return the sends that began after `since`, and forget the others."""
+        self._db.execute("DELETE FROM attempt WHERE at <= ?", (since,))
+        rows: Any = self._db.execute("SELECT key_id, at FROM attempt ORDER BY at")
+        return [Recent(*row) for row in rows]
+
+    def prune(self, before: float, max_marks: int, attempts_before: float) -> int:
+        """Forget a step's worth of old marks and attempts, and sessions of which nothing is left.
+
+        Args:
+            before: Marks accepted earlier than this (wall clock) go.
+            max_marks: Marks beyond this number go too, the oldest first.
+            attempts_before: Attempts that began earlier than this go.
+
+        Returns:
+            The number of marks forgotten. By age a session's marks go together, once it is quiet: as long as it sends,
+            another of its windows may use an old sequence, whose addresses must not be given out twice. Marks of a
+            session with events in the spool stay.
+        """
+        self._db.execute("DELETE FROM attempt WHERE at < ?", (attempts_before,))
+        beyond = self._one("SELECT coalesce(max(id), 0) FROM mark") - max_marks
+        rows: Any = self._db.execute(
+            "SELECT id, session_id, accepted_at FROM mark WHERE id > ? ORDER BY id LIMIT ?",
+            (self._prune_after, _PRUNE_STEP),
+        ).fetchall()
+        old = [row for row in rows if row[2] < before or row[0] <= beyond]
+        self._prune_after = old[-1][0] if len(old) == _PRUNE_STEP else 0
+        is_live = {session_id: self._is_live(session_id, before) for _, session_id, _ in old}
+        is_spooled = {session_id: self._is_spooled(session_id) for _, session_id, _ in old}
+        forgotten = 0
+        for mark_id, session_id, _ in old:
+            if is_spooled[session_id] or (is_live[session_id] and mark_id > beyond):
+                continue
+            self._db.execute("DELETE FROM mark WHERE id = ?", (mark_id,))
+            forgotten += 1
+            if self._one("SELECT 1 FROM mark WHERE session_id = ? LIMIT 1", (session_id,)) is None:
+                self._forget_session(session_id)
+        return forgotten
+
+    def _is_live(self, session_id: int, since: float) -> bool:
+        """Return whether anything of the session was accepted since then."""
+        found = self._one("SELECT 1 FROM mark WHERE session_id = ? AND accepted_at >= ? LIMIT 1", (session_id, since))
+        return found is not None
+
+    def _is_spooled(self, session_id: int) -> bool:
+        found = self._one(
+            "SELECT 1 FROM window JOIN segment ON segment.window_id = window.id WHERE window.session_id = ? LIMIT 1",
+            (session_id,),
+        )
+        return found is not None
+
+    def _forget_session(self, session_id: int) -> None:
+        self._on_forgotten()
+        self._db.execute("DELETE FROM window WHERE session_id = ?", (session_id,))
+        key_id = self._one("DELETE FROM session WHERE id = ? RETURNING key_id", (session_id,))
+        if self._one("SELECT 1 FROM session WHERE key_id = ? LIMIT 1", (key_id,)) is None:
+            self._db.execute("DELETE FROM key WHERE id = ?", (key_id,))
