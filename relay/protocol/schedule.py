@@ -82,8 +82,8 @@ class _Session:
         self.windows: dict[int, _Window] = {}
         self.queue: list[tuple[int, float, int, int]] = []
         """(standing, oldest_at, stamp, window_id)"""
-        self.withheld: set[int] = set()
-        """Windows that are not in the queue until something happens to the session."""
+        self.withheld: list[int] = []
+        """Windows that are not in the queue until something happens to the session; few, and a list is small."""
         self.finals = 0
         self.is_busy = False
         self.batch_id: int | None = None
@@ -187,7 +187,7 @@ class Schedule:
         """Note that nothing of the window may be sent until something else happens to its session."""
         session = self._sessions[session_id]
         session.is_busy = False
-        session.withheld.add(window_id)
+        session.withheld.append(window_id)
         self._windows[window_id].stamp = 0
         self._place(session)
 
@@ -234,9 +234,7 @@ class Schedule:
 
     def _queue_withheld(self, session: _Session) -> None:
         while session.withheld:
-            window = self._windows.get(session.withheld.pop())
-            if window is not None:
-                self._queue(window)
+            self._queue(self._windows[session.withheld.pop()])
 
     def _first(self, session: _Session) -> _Window | None:
         """Return the window to serve first, and clear the top of the queue up to it."""
@@ -259,8 +257,7 @@ class Schedule:
         session.place = place
         self._stamp += 1
         session.stamp = self._stamp
-        if place is not _NOWHERE:
-            heapq.heappush(self._waiting, (place[0], session.stamp, session.session_id))
+        heapq.heappush(self._waiting, (place[0], session.stamp, session.session_id))
 
     def _place_of(self, session: _Session) -> tuple[float, int, float]:
         if session.batch_id is not None:
