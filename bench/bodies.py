@@ -2,8 +2,8 @@
 
 Rules:
 1. A slice is consecutive events of one recorded window, deflated once, by zlib at the level that browsers use.
-2. A body is a slice behind an envelope of its own: fresh session, window, sequence and lastActivityAt. So the relay
-   recognises none of them, and no cache of anything can help it.
+2. A body is a slice behind a recorded envelope with a session, window, sequence and lastActivityAt of its own. So the
+   relay recognises none of them as stored before. A session keeps its envelope for a while, as people stay on a page.
 3. Slices come round again, thousands of requests later. A deflater remembers 32 KiB, a processor's cache little more
    than the slices of a second.
 """
@@ -32,6 +32,9 @@ LIVE_SESSIONS = 1_000
 
 SESSION_BATCHES = 30
 """Batches until a session ends with a final and a new one takes its place: five minutes of the SDK's pace."""
+
+PAGE_BATCHES = 6
+"""Batches until a session's envelope changes, as it does with the page: once a minute."""
 
 _BROWSER_LEVEL = 6
 """zlib's default, which CompressionStream takes."""
@@ -131,10 +134,11 @@ class Sessions:
         identity = self._seed << 64 | generation << 32 | place
         # Sessions take slices from different places, so that neighbours in time are not alike.
         source = self._slices[(count + place * 31) % len(self._slices)]
-        head = source.envelope.head.replace(_SESSION, str(UUID(int=identity << 1)).encode())
+        envelope = self._slices[(place + sequence // PAGE_BATCHES) % len(self._slices)].envelope
+        head = envelope.head.replace(_SESSION, str(UUID(int=identity << 1)).encode())
         head = head.replace(_WINDOW, str(UUID(int=identity << 1 | 1)).encode())
         last_activity = b"%d" % (1_790_000_000_000 + count)
-        prefix = body_prefix(Envelope(head, source.envelope.tail), last_activity, sequence)
+        prefix = body_prefix(Envelope(head, envelope.tail), last_activity, sequence)
         suffix = body_suffix(is_final=sequence == SESSION_BATCHES - 1)
         return Body(_compress(prefix, source.piece, suffix), len(prefix) + source.piece.events_bytes + len(suffix))
 
