@@ -131,7 +131,7 @@ class Forwarding:
             self._note_sealed(sealed)
             self._reasons[choice.reason] = self._reasons.get(choice.reason, 0) + 1
         assert sealed is not None
-        self._budget.begin()
+        self._budget.begin(now)
         self._breaker.begin()
         self._requests += 1
         self.sent_at.append(now)

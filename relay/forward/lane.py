@@ -225,7 +225,7 @@ class Lane:
                 self._slots.release()
                 continue
             self._in_flight += 1
-            self._budget.begin()
+            self._budget.begin(now)
             self._breaker.begin()
             deliveries.start_soon(self._deliver, choice)
 
