@@ -234,7 +234,9 @@ class Schedule:
 
     def _queue_withheld(self, session: _Session) -> None:
         while session.withheld:
-            self._queue(self._windows[session.withheld.pop()])
+            window = self._windows.get(session.withheld.pop())
+            if window is not None:
+                self._queue(window)
 
     def _first(self, session: _Session) -> _Window | None:
         """Return the window to serve first, and clear the top of the queue up to it."""
@@ -257,7 +259,8 @@ class Schedule:
         session.place = place
         self._stamp += 1
         session.stamp = self._stamp
-        heapq.heappush(self._waiting, (place[0], session.stamp, session.session_id))
+        if place is not _NOWHERE:
+            heapq.heappush(self._waiting, (place[0], session.stamp, session.session_id))
 
     def _place_of(self, session: _Session) -> tuple[float, int, float]:
         if session.batch_id is not None:
