@@ -104,6 +104,16 @@ def test_it_can_be_tripped_at_once() -> None:
     assert (breaker.is_open, breaker.ready_at(), breaker.failures) == (True, 61.0, 1)
 
 
+def test_a_failing_probe_of_a_tripped_breaker_moves_the_next() -> None:
+    """Once it is open, the number of failures no longer matters."""
+    breaker = Breaker(1_000)
+    breaker.trip(0.0, 60.0)
+    breaker.begin()
+    breaker.fail(60.0, 5.0)
+    breaker.end()
+    assert breaker.ready_at() == 65.0
+
+
 class BreakerMachine(RuleBasedStateMachine):
     """Against a list of outcomes: open just after enough failures in a row, and then one at a time."""
 
