@@ -159,15 +159,42 @@ class Intake(Section, frozen=True):
 
 
 class Keys(Section, frozen=True):
-    """Client keys."""
+    """Client keys, and the upstream keys that they stand for."""
 
+    accept: Annotated[
+        Literal["any", "listed"],
+        Meta(
+            description=(
+                'Whose batches are taken: "any" leaves the judgement to upstream; "listed" takes `keys.listed`, the '
+                "clients of `keys.pools` and `keys.default`, and answers others 401 as upstream would."
+            )
+        ),
+    ] = "any"
     default: Annotated[
         str,
         Meta(
-            description="Upstream key of clients that send none. Empty: such clients are answered 401.",
+            description="Key of clients that send none. Empty: such clients are answered 401.",
             extra={"secret": True},
         ),
     ] = ""
+    listed: Annotated[
+        tuple[str, ...],
+        Meta(
+            description='Client keys that `keys.accept = "listed"` lets in, beside those with a pool and the default.',
+            extra={"secret": True},
+        ),
+    ] = ()
+    pools: Annotated[
+        dict[str, tuple[str, ...]],
+        Meta(
+            description=(
+                "Upstream keys of one organisation that share the sessions of a client key, each with a budget of its "
+                'own: `{ client_key = ["upstream_key", "upstream_key"] }`. A session stays with its key. Without a '
+                "pool a client key is its own upstream key."
+            ),
+            extra={"secret": True},
+        ),
+    ] = {}
     max_keys: Annotated[
         int,
         Meta(

@@ -176,14 +176,14 @@ class Forwarder:
     def _note_appended(self, appended: Appended, batch: NewBatch) -> None:
         if self._stopping.is_set():
             return
-        lane = self._lanes.get(appended.key_id) or self._start_lane(appended.key_id, batch.key)
+        lane = self._lanes.get(appended.key_id) or self._start_lane(appended.key_id, appended.key)
         if not lane.knows(appended.window_id) and not self._has_room(lane):
             self._has_more = self._skipped = True
             return
         lane.add(
             PendingWindow(
                 appended.key_id,
-                batch.key,
+                appended.key,
                 appended.session_id,
                 appended.window_id,
                 batch.event_count,

@@ -17,7 +17,7 @@ from relay.config import Config
 from relay.errors import RefusedBatch, SpoolUnavailable, TooLarge
 from relay.http.message import HeaderList, Request, Response, error_response, json_response
 from relay.http.router import Route
-from relay.intake.keys import find_key
+from relay.intake.keys import KeyPolicy
 from relay.protocol.codings import SegmentDeflater, crc32, inflate
 from relay.protocol.cut import Limits, cut_runs
 from relay.protocol.replay import decode_batch
@@ -88,7 +88,7 @@ class Intake:
         self, config: Config, spool: Spool, wall_clock: Callable[[], float], monotonic: Callable[[], float]
     ) -> None:
         self._settings = config.intake
-        self._default_key = config.keys.default
+        self._keys = KeyPolicy(config.keys)
         self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
         self._spool = spool
         self._wall_clock = wall_clock
@@ -134,8 +134,8 @@ class Intake:
         return Response(204, headers=headers)
 
     def admit(self, request: Request) -> Response | None:
-        """Refuse on headers what need not be read: no key, or no room (rule 1)."""
-        key = find_key(request, self._default_key)
+        """Refuse on headers what need not be read: no key that is taken, or no room (rule 1)."""
+        key = self._keys.client_key(request)
         if key:
             refusal = self._spool.refusal
             return self._unavailable(refusal) if refusal else None
@@ -144,7 +144,7 @@ class Intake:
     async def post(self, request: Request) -> Response:
         """Store one client batch."""
         began = self._monotonic()
-        key = find_key(request, self._default_key) or ""
+        key = self._keys.client_key(request) or ""
         try:
             batch, size = await self._decode(key, request)
         except RefusedBatch as refusal:
@@ -187,8 +187,9 @@ class Intake:
             NewSegment(run.index, run.event_count, len(run.events), crc32(run.events), deflater.deflate(run.events))
             for run in cut_runs(decoded, self._limits)
         )
+        upstream_key, *other_keys = self._keys.upstream_keys(key, decoded.session_id)
         batch = NewBatch(
-            key,
+            upstream_key,
             decoded.session_id,
             decoded.window_id,
             decoded.sequence,
@@ -199,6 +200,7 @@ class Intake:
             decoded.event_count,
             segments,
             self._wall_clock(),
+            tuple(other_keys),
         )
         return batch, len(body)
 

@@ -27,8 +27,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 REPLAY_PATH = "/api/sdk/replay"
 """The ingest API's one endpoint, which documents of the SDK show as part of the URL."""
 
-KEY = re.compile(r"[!-~]*")
-"""What a header's value may be where blanks around it would be lost: visible ASCII (RFC 9110, 5.5)."""
+KEY = re.compile(r"[!-~]{1,256}")
+"""What the intake takes for a key: a header's value that has no blanks (RFC 9110, 5.5)."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -127,10 +127,23 @@ def _file_problems(config: Config) -> Iterator[Finding]:
 
 
 def _key_problems(config: Config) -> Iterator[Finding]:
-    if config.keys.default == MASK:
-        yield Finding("keys.default", "must be the key itself; print-config writes asterisks instead of it")
-    elif not KEY.fullmatch(config.keys.default):
-        yield Finding("keys.default", "must be visible ASCII without blanks, as it becomes a header")
+    keys = config.keys
+    pooled = [key for pool in keys.pools.values() for key in pool]
+    for option, values in (
+        ("keys.default", [keys.default] if keys.default else []),
+        ("keys.listed", keys.listed),
+        ("keys.pools", [*keys.pools, *pooled]),
+    ):
+        if MASK in values:
+            yield Finding(option, "must be the key itself; print-config writes asterisks instead of it")
+        elif not all(KEY.fullmatch(value) for value in values):
+            yield Finding(option, "must be visible ASCII without blanks, as it becomes a header")
+    if not all(keys.pools.values()):
+        yield Finding("keys.pools", "must have an upstream key for every client key")
+    if any(len(set(pool)) < len(pool) for pool in keys.pools.values()):
+        yield Finding("keys.pools", "must not name a key twice in a pool; all have equal shares")
+    if len(set(pooled)) > keys.max_keys:
+        yield Finding("keys.pools", "must not have more upstream keys than", "keys.max_keys")
 
 
 def _order_problems(config: Config) -> Iterator[Finding]:
@@ -183,8 +196,19 @@ def find_warnings(config: Config) -> Iterator[Finding]:
         yield Finding("batch.max_events", "is above upstream's published limit")
     if config.batch.max_bytes > Batch().max_bytes:
         yield Finding("batch.max_bytes", "is above upstream's published limit")
-    if config.keys.default and not config.keys.default.startswith("luc_pk_"):
-        yield Finding("keys.default", 'does not begin with "luc_pk_" as ingest keys do')
+    yield from _key_warnings(config)
+
+
+def _key_warnings(config: Config) -> Iterator[Finding]:
+    keys = config.keys
+    pooled = [key for pool in keys.pools.values() for key in pool]
+    for option, values in (("keys.default", [keys.default]), ("keys.pools", pooled)):
+        if not all(key.startswith("luc_pk_") for key in values if key):
+            yield Finding(option, 'does not begin with "luc_pk_" as ingest keys do')
+    if keys.accept == "any" and keys.listed:
+        yield Finding("keys.listed", "has no effect, since others are taken too:", "keys.accept")
+    if keys.accept == "listed" and not (keys.listed or keys.pools or keys.default):
+        yield Finding("keys.accept", "refuses every client, since there is nothing in", "keys.listed")
 
 
 def is_loopback(host: str) -> bool:

@@ -8,11 +8,15 @@ Rules:
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from typing import Any
 
 DELETE = "\x7f"
 """The one control character that JSON leaves bare and TOML does not."""
+
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+"""Keys that TOML takes without quotes."""
 
 
 def write_value(value: Any) -> str:
@@ -25,12 +29,16 @@ def write_value(value: Any) -> str:
         case str():
             # JSON's escapes are TOML's too. Text beyond ASCII stays: JSON would escape it in halves.
             return json.dumps(value, ensure_ascii=False).replace(DELETE, "\\u007f")
-        case list():
+        case list() | tuple():
             return f"[{', '.join(map(write_value, value))}]"
         case dict():
-            return f"{{{', '.join(f'{key} = {write_value(member)}' for key, member in value.items())}}}"
+            return f"{{{', '.join(f'{_write_key(key)} = {write_value(member)}' for key, member in value.items())}}}"
         case _:  # floats, and the dates that no option takes
             return str(value)
+
+
+def _write_key(key: str) -> str:
+    return key if BARE_KEY.fullmatch(key) else str(write_value(key))
 
 
 def read_value(text: str) -> Any:

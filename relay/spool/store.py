@@ -63,7 +63,7 @@ class Store:
 
     def _reset(self) -> None:
         """Forget everything that a rolled-back transaction may have put into memory."""
-        self._windows: OrderedDict[tuple[str, str, str], tuple[int, int, int]] = OrderedDict()
+        self._windows: OrderedDict[tuple[str, str, str], tuple[int, int, int, str]] = OrderedDict()
         self._envelopes: OrderedDict[tuple[int, bytes], int] = OrderedDict()
         self._deltas: dict[str, int] = {}
         self._next_body = 0
@@ -162,14 +162,14 @@ class Store:
         rows = self._window_rows(batch)
         if rows is None:
             return Appended("too_many_keys")
-        key_id, session_id, window_id = rows
+        key_id, session_id, window_id, key = rows
         first_index = 0
         for other, first, events in self._all(
             "SELECT window_id, first_index, events FROM mark WHERE session_id = ? AND sequence = ?",
             (session_id, batch.sequence),
         ):
             if other == window_id:
-                return Appended("repeated", key_id, session_id, window_id)
+                return Appended("repeated", key_id, session_id, window_id, key)
             first_index = max(first_index, first + events)
         if first_index + batch.event_count > MAX_BATCH_EVENTS:
             return Appended("sequence_full")
@@ -194,30 +194,39 @@ class Store:
                 body_id,
             )
         self._count("accepted", batch.event_count)
-        return Appended("stored", key_id, session_id, window_id)
+        return Appended("stored", key_id, session_id, window_id, key)
 
-    def _window_rows(self, batch: NewBatch) -> tuple[int, int, int] | None:
-        """Return the rows of a batch's key, session and window, made where needed; None for a key too many."""
+    def _window_rows(self, batch: NewBatch) -> tuple[int, int, int, str] | None:
+        """Return the rows of key, session and window, made where needed, and the key; None for a key too many."""
         identity = (batch.key, batch.session_id, batch.window_id)
         rows = self._windows.get(identity)
         if rows is not None:
             self._windows.move_to_end(identity)
             return rows
-        key_id = self._one("SELECT id FROM key WHERE secret = ?", (batch.key,))
+        key = self._known_key(batch)
+        key_id = self._one("SELECT id FROM key WHERE secret = ?", (key,))
         if key_id is None:
             if self._one("SELECT count(*) FROM key") >= self._max_keys:
                 return None
-            key_id = self._insert("INSERT INTO key VALUES (NULL, ?)", batch.key)
+            key_id = self._insert("INSERT INTO key VALUES (NULL, ?)", key)
         session_id = self._one("SELECT id FROM session WHERE key_id = ? AND name = ?", (key_id, batch.session_id))
         if session_id is None:
             session_id = self._insert("INSERT INTO session VALUES (NULL, ?, ?)", key_id, batch.session_id)
         window_id = self._one("SELECT id FROM window WHERE session_id = ? AND name = ?", (session_id, batch.window_id))
         if window_id is None:
             window_id = self._insert("INSERT INTO window VALUES (NULL, ?, ?)", session_id, batch.window_id)
-        self._windows[identity] = rows = (key_id, session_id, window_id)
+        self._windows[identity] = rows = (key_id, session_id, window_id, key)
         if len(self._windows) > _CACHE_ENTRIES:
             self._windows.popitem(last=False)
         return rows
+
+    def _known_key(self, batch: NewBatch) -> str:
+        """Return the key of its pool under which a batch's session is known; the batch's own where it is new."""
+        for key in (batch.key, *batch.other_keys) if batch.other_keys else ():
+            known = "SELECT 1 FROM session JOIN key ON key.id = key_id WHERE secret = ? AND session.name = ?"
+            if self._one(known, (key, batch.session_id)):
+                return key
+        return batch.key
 
     def _envelope_row(self, window_id: int, batch: NewBatch) -> int:
         identity = (window_id, batch.digest)

@@ -28,7 +28,7 @@ class NewBatch(msgspec.Struct, frozen=True, gc=False):
     """A client batch, ready to be stored."""
 
     key: str
-    """The client's key."""
+    """The upstream key of its session."""
     session_id: str
     """`session.id`."""
     window_id: str
@@ -49,6 +49,8 @@ class NewBatch(msgspec.Struct, frozen=True, gc=False):
     """In order, without gaps."""
     accepted_at: float
     """Wall clock, seconds."""
+    other_keys: tuple[str, ...] = ()
+    """The rest of the key's pool. A session that is known under one of them stays there."""
 
 
 class Appended(msgspec.Struct, frozen=True, gc=False):
@@ -58,11 +60,13 @@ class Appended(msgspec.Struct, frozen=True, gc=False):
     """`repeated`: this (key, session, window, sequence) was accepted before. `sequence_full`: the session's windows
     share this sequence and its 16 384 addresses are used up. Only `stored` changed anything."""
     key_id: int = 0
-    """Row of the key."""
+    """Row of the upstream key."""
     session_id: int = 0
     """Row of the session."""
     window_id: int = 0
     """Row of the window."""
+    key: str = ""
+    """The key's secret: the batch's own, or that of its `other_keys` under which the session is known."""
 
 
 class PendingWindow(msgspec.Struct, frozen=True, gc=False):
