@@ -12,7 +12,7 @@ Rules:
 3. What comes out of `restore` is JSON-equal to what the client sent, and byte-equal but for the case of a
    surrogate's hex digits, replaced non-UTF-8 bytes and escaped noncharacters.
 
-Not accepted, though Node does: values nested deeper than the parser's recursion limit (about 1 000).
+Not accepted, though Node does: values nested deeper than Python's recursion limit, which the command sets to 10 000.
 """
 
 from __future__ import annotations

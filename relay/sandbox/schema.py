@@ -48,6 +48,22 @@ def translate_nullable(schema: Any) -> Any:
     return translated
 
 
+def well_formed(value: Any) -> Any:
+    """Return a copy without lone surrogates, which the validator cannot take where it has something to say of them."""
+    if isinstance(value, str):
+        return as_utf8(value)
+    if isinstance(value, list):
+        return [well_formed(item) for item in value]
+    if isinstance(value, dict):
+        return {as_utf8(name): well_formed(item) for name, item in value.items()}
+    return value
+
+
+def as_utf8(text: str) -> str:
+    """Replace lone surrogates, as Node does where a string becomes UTF-8 on its way to storage."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 class BatchSchema:
     """The ReplayBatch schema, compiled."""
 
@@ -65,6 +81,10 @@ class BatchSchema:
         """Return what is wrong with a batch, in zod's shape; empty where it is valid."""
         if self._validator.is_valid(batch):
             return []
+        try:
+            batch = well_formed(batch)
+        except RecursionError:
+            return [{"code": "custom", "path": [], "message": "Nested too deeply to say what is wrong"}]
         errors = itertools.islice(self._validator.iter_errors(batch), MAX_ISSUES)
         return [_issue(error) for error in errors]
 

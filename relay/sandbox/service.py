@@ -25,7 +25,7 @@ from relay.sandbox.body import MAX_DECODED_BYTES, decode_body, parse_json, split
 from relay.sandbox.faults import Faults, FaultSettings, RandomSource, fault_settings
 from relay.sandbox.limiter import RequestWindow
 from relay.sandbox.report import KeyReport, Report
-from relay.sandbox.schema import BatchSchema, load_description
+from relay.sandbox.schema import BatchSchema, as_utf8, load_description
 from relay.sandbox.store import Store, StoredBatch, envelope_digest, event_digest
 
 if TYPE_CHECKING:
@@ -213,13 +213,13 @@ class Sandbox:
         batch = StoredBatch(
             # To upstream every number is a double: 3 and 3.0 are one sequence, 2**53 and 2**53 + 1 too.
             sequence=int(float(value["replay"]["sequence"])),
-            window_id=_as_utf8(value["session"]["windowId"]),
+            window_id=as_utf8(value["session"]["windowId"]),
             flush=value.get("flush", "normal"),
             decoded_bytes=len(text),
             envelope=envelope_digest(value),
             digests=b"".join(event_digest(event) for event in split_events(text)),
         )
-        return _as_utf8(value["session"]["id"]), batch
+        return as_utf8(value["session"]["id"]), batch
 
     def _accepts(self, key: str) -> bool:
         if key in self._faults.settings.reject_keys:
@@ -285,8 +285,3 @@ def _count(request: Request, name: str, default: int) -> int | None:
     if not text:
         return default
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 9 else None
-
-
-def _as_utf8(text: str) -> str:
-    """Replace lone surrogates, as Node does where a string becomes UTF-8 on its way to storage."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

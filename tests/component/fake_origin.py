@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import trio
 from trio.testing import lockstep_stream_pair, memory_stream_pair
@@ -17,7 +17,7 @@ OK = b'HTTP/1.1 200 OK\r\ncontent-length: 11\r\n\r\n{"ok":true}'
 """Upstream's answer to a batch that it has stored."""
 
 
-Stapled: TypeAlias = trio.StapledStream[trio.abc.SendStream, trio.abc.ReceiveStream]
+Stapled: TypeAlias = trio.StapledStream[Any, Any]
 """One end of a memory stream pair."""
 
 

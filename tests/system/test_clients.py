@@ -88,6 +88,18 @@ async def test_text_cut_within_a_character(site: Site) -> None:
     await assert_accounted(site)
 
 
+async def test_deep_page_is_taken(site: Site) -> None:
+    """A snapshot of a page whose elements are nested as deep as browsers allow passes, beside text cut in two."""
+    await site.start_sandbox()
+    await site.start_relay()
+    node = rb'{"type":3,"textContent":"cut \ud83d"}'
+    for _ in range(512):
+        node = b'{"type":2,"tagName":"div","childNodes":[%b]}' % node
+    snapshot = b'{"timestamp":1,"type":2,"data":{"node":%b}}' % node
+    await site.post(make_batch("s1", 0, [snapshot]), make_batch("s2", 0, [*make_events("s2", 499), snapshot, snapshot]))
+    await assert_accounted(site)
+
+
 async def test_giant_batch_is_cut(site: Site) -> None:
     """As many events as a batch may have, 30 MB together, arrive in batches within upstream's limits."""
     await site.start_sandbox()

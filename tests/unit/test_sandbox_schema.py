@@ -147,3 +147,9 @@ def test_nullable_is_translated_and_nothing_else() -> None:
         "b": {"type": "x"},
     }
     assert schema == original
+
+
+@pytest.mark.parametrize("member", ["session", "flush", "\ud83d"])
+def test_lone_surrogates_in_wrong_places_are_issues(member: str) -> None:
+    """Text that is no UTF-8, where it is refused, is refused like any other text."""
+    assert BatchSchema(load_description()).issues({member: "\ud83d"})
