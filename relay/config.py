@@ -350,6 +350,17 @@ class Forward(Section, frozen=True):
             ),
         ),
     ] = 20_000
+    live_share: Annotated[
+        float,
+        Meta(
+            gt=0,
+            lt=1,
+            description=(
+                "Share of a key's requests for what was accepted in the last 10 minutes, while older batches wait too. "
+                "At a half, a backlog drains in at most twice the time, and nobody new waits for that."
+            ),
+        ),
+    ] = 0.5
     backoff_base_seconds: Annotated[
         float,
         Meta(

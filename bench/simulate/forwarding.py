@@ -59,7 +59,7 @@ class Forwarding:
         self._upstream = Upstream(weather, self._chance)
         self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
         self._pile = Pile(self._limits)
-        self._schedule = Schedule(self._limits, config.batch.linger_seconds)
+        self._schedule = Schedule(self._limits, config.batch.linger_seconds, config.forward.live_share)
         self._budget = Budget(weather.requests_per_minute, config.budget.margin_seconds)
         self._breaker = Breaker(config.forward.breaker_failures)
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
@@ -110,6 +110,7 @@ class Forwarding:
         self._schedule.add(
             arrival.session,
             window,
+            digest=arrival.batch.envelope_id.to_bytes(16),
             events=sum(segment.pending.event_count for segment in added),
             events_bytes=sum(segment.pending.events_bytes for segment in added),
             finals=int(arrival.is_final),
@@ -145,6 +146,7 @@ class Forwarding:
             events_bytes=sealed.events_bytes,
             finals=sealed.finals,
             next_oldest_at=sealed.left[0].arrival.at if sealed.left else None,
+            next_is_closed=any(one.batch.envelope_id != sealed.left[0].batch.envelope_id for one in sealed.left),
         )
         self._fullness.append(fullness(sealed.events, sealed.events_bytes, self._limits))
 

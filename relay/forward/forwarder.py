@@ -190,6 +190,8 @@ class Forwarder:
                 sum(segment.events_bytes for segment in batch.segments),
                 batch.accepted_at,
                 int(batch.is_final),
+                batch.digest,
+                1,
             )
         )
 

@@ -138,7 +138,8 @@ class Lane:
         self._counts = counts
         self._slots = slots
         self._log = log.bind(key=fingerprint(key))
-        self._schedule = Schedule(Limits(config.batch.max_events, config.batch.max_bytes), config.batch.linger_seconds)
+        limits = Limits(config.batch.max_events, config.batch.max_bytes)
+        self._schedule = Schedule(limits, config.batch.linger_seconds, config.forward.live_share)
         self._budget = Budget(config.budget.requests_per_minute, config.budget.margin_seconds)
         self._breaker = Breaker(config.forward.breaker_failures)
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
@@ -164,6 +165,8 @@ class Lane:
             events_bytes=window.events_bytes,
             finals=window.finals,
             oldest_at=self._clocks.from_wall(window.oldest_at),
+            digest=window.digest,
+            is_closed=window.envelopes > 1,
         )
         self.wake()
 
@@ -295,6 +298,7 @@ class Lane:
             events_bytes=batch.events_bytes,
             finals=batch.finals,
             next_oldest_at=left_at,
+            next_is_closed=load.next_is_closed,
         )
         reasons = self._counts.sent_by_reason
         reasons[choice.reason] = reasons.get(choice.reason, 0) + 1

@@ -1,22 +1,35 @@
 """The schedule: which session of a key is served next, and when to look again.
 
-A window is *due* when it is full, when its session has a final, or when its oldest event has lingered long enough.
-Among what is due the order is: sealed batches whose retry is due; full windows; windows that a final waits for; the
-rest by age. One batch of a session is in flight at a time (law 8), so a choice makes its session busy until the
-caller releases it.
+A window's pending events form *runs* of equal envelope. What matters of them is whether the first is *complete*: full
+to the limits, closed by a changed envelope behind it, ended by a final, or awaited by a final of its session. A
+complete run costs its request whenever it is sent; an open one may still grow, and costs less the longer it waits.
+
+So the order is: sealed batches whose retry is due; complete runs, session by session; open runs that have lingered,
+the oldest first. While requests are plentiful nothing of this shows: whatever is complete or has lingered goes at
+once. While they are scarce every request that can be full is full, and open runs share what full ones leave, so each
+is sent at the latest when it is complete, and no wait grows as long as demand is within the budget.
 
 Rules:
 1. Pure: time is an argument (any monotonic clock, seconds), and nothing is read or sent here.
-2. A choice costs O(log n), however the windows are spread over sessions: a session queues its windows, and stands in
-   the lane's two heaps with the best of them only.
-3. Entries of the heaps are never removed when they become stale, only recognised, by their stamp. There is a new
-   entry only where something has changed, so stale ones are a few for each choice.
-4. What is counted here is an aid to choosing. The cut is made by the spool, from what is really there.
+2. One batch of a session is in flight at a time (law 8): a choice makes its session busy until the caller releases it.
+3. Sessions with complete runs stand in line, and each goes back to its end after every batch. All requests cost the
+   same, so this is fair queueing: a noisy session delays another by one request a round.
+4. There are two lines, for live traffic and for backlog, and while both are occupied they share the requests. Neither
+   starves after an outage, nor does a new session have to wait until the backlog is gone.
+5. An open run counts as complete once it is so old that waiting for more saves little. Only where demand has exceeded
+   the budget for long does a run get so old; without this rule the last events of a session that fell silent would
+   wait until demand sinks.
+6. A choice costs O(log n), however the windows are spread over sessions: a session queues its windows, and stands in
+   one of the lane's queues with the best of them only. Stale entries are not removed but recognised, by their stamp;
+   there is a new entry only where something has changed, so they are a few for each choice.
+7. A window takes the same room however much of it is pending. What is counted here is an aid to choosing: the cut is
+   made by the spool, from what is really there, and after each the spool says what it left.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from math import inf
 from typing import Literal
 
@@ -24,16 +37,20 @@ import msgspec
 
 from relay.protocol.cut import Limits
 
-_RETRY, _FULL, _AWAITED, _FINAL, _LINGERED = range(5)
+BACKLOG_SECONDS = 600.0
+"""Older runs are backlog. In the simulator no run of a session that goes on gets so old while the optimum needs up to
+nine tenths of the budget, not even those of people who read and seldom touch anything."""
 
-Reason = Literal["retry", "full", "awaited", "final", "lingered"]
-_REASONS: tuple[Reason, ...] = ("retry", "full", "awaited", "final", "lingered")
+MAX_OPEN_SECONDS = 900.0
+"""The age at which an open run counts as complete. In the simulator, demand at 120% of the budget, quiet readers need
+1.022 times the optimum with this, 1.017 with twice as much, 1.04 with two thirds, 1.06 with a third of it."""
 
-_IS_FULL, _IS_FILLING, _HAS_FINAL = range(3)
-"""A window's standing in its session's queue: a final goes last, being the one that waits for the others."""
+_RETRY, _COMPLETE, _OPEN = range(3)
 
-_NOWHERE = (inf, _LINGERED, inf)
-"""The place of a session that has nothing to send."""
+Reason = Literal["retry", "full", "closed", "awaited", "final", "lingered", "aged"]
+
+_NOWHERE = (inf, _OPEN, inf)
+"""The place of a session of which nothing may be sent."""
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -50,11 +67,25 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class _Window:
-    __slots__ = ("events", "events_bytes", "finals", "oldest_at", "session", "stamp", "window_id")
+    __slots__ = (
+        "digest",
+        "events",
+        "events_bytes",
+        "finals",
+        "is_closed",
+        "oldest_at",
+        "session",
+        "stamp",
+        "window_id",
+    )
 
-    def __init__(self, window_id: int, session: _Session, oldest_at: float) -> None:
+    def __init__(self, window_id: int, session: _Session, digest: bytes, oldest_at: float) -> None:
         self.window_id = window_id
         self.session = session
+        self.digest = digest
+        """Of the envelope that was added last."""
+        self.is_closed = False
+        """Whether there is another envelope behind the first run."""
         self.oldest_at = oldest_at
         self.events = 0
         self.events_bytes = 0
@@ -80,8 +111,8 @@ class _Session:
     def __init__(self, session_id: int) -> None:
         self.session_id = session_id
         self.windows: dict[int, _Window] = {}
-        self.queue: list[tuple[int, float, int, int]] = []
-        """(standing, oldest_at, stamp, window_id)"""
+        self.queue: list[tuple[float, int, int]] = []
+        """(turn_at, stamp, window_id)"""
         self.withheld: list[int] = []
         """Windows that are not in the queue until something happens to the session; few, and a list is small."""
         self.finals = 0
@@ -89,7 +120,7 @@ class _Session:
         self.batch_id: int | None = None
         self.retry_at = inf
         self.place: tuple[float, int, float] = _NOWHERE
-        """(due_at, rank, age) by which it stands in the lane's heaps."""
+        """(due_at, rank, oldest_at) by which it stands in the lane's queues."""
         self.stamp = 0
         """Of its entry there."""
 
@@ -99,18 +130,26 @@ class Schedule:
 
     Args:
         limits: Of an upstream batch; a window that reaches one of them is full.
-        linger_seconds: How long a window's oldest event may wait for company.
+        linger_seconds: How long an open run may wait for company while requests are plentiful.
+        live_share: Share of the requests for live traffic, above 0 and below 1, while it and backlog both wait.
     """
 
-    def __init__(self, limits: Limits, linger_seconds: float) -> None:
+    def __init__(self, limits: Limits, linger_seconds: float, live_share: float) -> None:
         self._limits = limits
         self._linger = linger_seconds
+        self._live_share = live_share
+        self._live_credit = 0.0
         self._sessions: dict[int, _Session] = {}
         self._windows: dict[int, _Window] = {}
         self._waiting: list[tuple[float, int, int]] = []
         """(due_at, stamp, session_id)"""
-        self._ready: list[tuple[int, float, int, int]] = []
-        """(rank, age, stamp, session_id)"""
+        self._retries: list[tuple[float, int, int]] = []
+        """(retry_at, stamp, session_id)"""
+        self._live: deque[tuple[int, int]] = deque()
+        self._backlog: deque[tuple[int, int]] = deque()
+        """(stamp, session_id) of sessions with complete runs, in line"""
+        self._open: list[tuple[float, int, int]] = []
+        """(oldest_at, stamp, session_id)"""
         self._stamp = 0
 
     def __len__(self) -> int:
@@ -129,33 +168,73 @@ class Schedule:
     # -- what happens
 
     def add(
-        self, session_id: int, window_id: int, *, events: int, events_bytes: int, finals: int, oldest_at: float
+        self,
+        session_id: int,
+        window_id: int,
+        *,
+        digest: bytes,
+        events: int,
+        events_bytes: int,
+        finals: int,
+        oldest_at: float,
+        is_closed: bool = False,
     ) -> None:
-        """Note that segments were accepted in a window."""
+        """Note that segments were accepted in a window.
+
+        Args:
+            session_id: The window's session.
+            window_id: The window.
+            digest: Of the last segment's envelope.
+            events: Their events.
+            events_bytes: Uncompressed.
+            finals: Segments that end the session.
+            oldest_at: When the first of them was accepted.
+            is_closed: Whether they have several envelopes.
+        """
         session = self._session(session_id)
         window = self._windows.get(window_id)
         if window is None:
-            window = self._windows[window_id] = session.windows[window_id] = _Window(window_id, session, oldest_at)
-        standing = self._standing(window)
+            window = _Window(window_id, session, digest, oldest_at)
+            self._windows[window_id] = session.windows[window_id] = window
+        turn_at = self._turn_at(window)
+        window.is_closed |= is_closed or window.digest != digest
+        window.digest = digest
         window.events += events
         window.events_bytes += events_bytes
         window.finals += finals
         session.finals += finals
-        if window_id not in session.withheld and (not window.stamp or self._standing(window) != standing):
+        if window_id not in session.withheld and (not window.stamp or self._turn_at(window) != turn_at):
             self._queue(window)
         self._queue_withheld(session)
         self._place(session)
 
     def seal(
-        self, window_id: int, *, events: int, events_bytes: int, finals: int, next_oldest_at: float | None
+        self,
+        window_id: int,
+        *,
+        events: int,
+        events_bytes: int,
+        finals: int,
+        next_oldest_at: float | None,
+        next_is_closed: bool = False,
     ) -> None:
-        """Note that a batch was sealed from a window; `next_oldest_at` is the age of what it left, None for nothing."""
+        """Note that a batch was sealed from a window.
+
+        Args:
+            window_id: The window.
+            events: Events in the batch.
+            events_bytes: Uncompressed.
+            finals: Final segments in it.
+            next_oldest_at: When the oldest segment that it left was accepted; None where it left nothing.
+            next_is_closed: Whether another envelope comes behind the first run of what it left.
+        """
         window = self._windows[window_id]
         session = window.session
         window.events -= events
         window.events_bytes -= events_bytes
         window.finals -= finals
         session.finals -= finals
+        window.is_closed = next_is_closed
         if next_oldest_at is not None:
             window.oldest_at = next_oldest_at
             window.events = max(window.events, 1)  # the spool knows better than the count
@@ -196,21 +275,39 @@ class Schedule:
     def ready_at(self, now: float) -> float:
         """Return when there may be something to send: `now`, later, or inf."""
         self._ripen(now)
-        if self._ready:
+        if self._retries or self._live or self._backlog or self._open:
             return now
         return self._waiting[0][0] if self._waiting else inf
 
     def choose(self, now: float) -> Choice | None:
         """Choose what to send and make its session busy; None where nothing is due."""
         self._ripen(now)
-        if not self._ready:
+        if self._retries:
+            session_id = heapq.heappop(self._retries)[-1]
+        elif self._live or self._backlog:
+            session_id = self._next_in_line()
+        elif self._open:
+            session_id = heapq.heappop(self._open)[-1]
+        else:
             return None
-        rank, _, _, session_id = heapq.heappop(self._ready)
         session = self._sessions[session_id]
         session.is_busy = True
         session.place = _NOWHERE
-        window_id = None if rank == _RETRY else session.queue[0][-1]
-        return Choice(session_id, window_id, session.batch_id, _REASONS[rank])
+        if session.batch_id is not None:
+            return Choice(session_id, None, session.batch_id, "retry")
+        window = self._windows[session.queue[0][-1]]
+        return Choice(session_id, window.window_id, None, self._reason(window, now))
+
+    def _next_in_line(self) -> int:
+        """Take a session from the line whose turn it is."""
+        line = self._live or self._backlog
+        if self._live and self._backlog:
+            self._live_credit += self._live_share
+            if self._live_credit < 1:
+                line = self._backlog
+            else:
+                self._live_credit -= 1
+        return line.popleft()[-1]
 
     # -- a session's queue
 
@@ -220,17 +317,35 @@ class Schedule:
             session = self._sessions[session_id] = _Session(session_id)
         return session
 
-    def _standing(self, window: _Window) -> int:
-        if window.finals:
-            return _HAS_FINAL
-        is_full = window.events >= self._limits.max_events or window.events_bytes >= self._limits.max_bytes
-        return _IS_FULL if is_full else _IS_FILLING
+    def _is_full(self, window: _Window) -> bool:
+        # With a final, more than full: a final that fits in would be cut off and sent alone, if it has to wait.
+        spare = 1 if window.finals else 0
+        return window.events >= self._limits.max_events + spare or window.events_bytes >= self._limits.max_bytes + spare
+
+    def _is_complete(self, window: _Window) -> bool:
+        return window.is_closed or self._is_full(window)
+
+    def _turn_at(self, window: _Window) -> float:
+        """Return what orders the windows of a session: an open run counts from when it will be complete by age."""
+        if self._is_complete(window):
+            return window.oldest_at
+        # A final goes last, being the one that waits for the others.
+        return inf if window.finals else window.oldest_at + MAX_OPEN_SECONDS
+
+    def _reason(self, window: _Window, now: float) -> Reason:
+        if self._is_full(window):
+            return "full"
+        if window.is_closed:
+            return "closed"
+        if window.session.finals:
+            return "final" if window.finals else "awaited"
+        return "aged" if window.oldest_at + MAX_OPEN_SECONDS <= now else "lingered"
 
     def _queue(self, window: _Window) -> None:
         """Give a window a new entry in its session's queue."""
         self._stamp += 1
         window.stamp = self._stamp
-        heapq.heappush(window.session.queue, (self._standing(window), window.oldest_at, window.stamp, window.window_id))
+        heapq.heappush(window.session.queue, (self._turn_at(window), window.stamp, window.window_id))
 
     def _queue_withheld(self, session: _Session) -> None:
         while session.withheld:
@@ -240,15 +355,15 @@ class Schedule:
         """Return the window to serve first, and clear the top of the queue up to it."""
         while session.queue:
             window = self._windows.get(session.queue[0][-1])
-            if window is not None and window.stamp == session.queue[0][2]:
+            if window is not None and window.stamp == session.queue[0][1]:
                 return window
             heapq.heappop(session.queue)
         return None
 
-    # -- the lane's heaps
+    # -- the lane's queues
 
     def _place(self, session: _Session) -> None:
-        """Give a session its place in the heaps, if that has changed."""
+        """Give a session its place in the queues, if that has changed."""
         if session.is_busy:
             return
         place = self._place_of(session)
@@ -265,20 +380,16 @@ class Schedule:
         window = self._first(session)
         if window is None:
             return _NOWHERE
-        oldest_at = window.oldest_at
-        standing = self._standing(window)
-        if standing == _IS_FULL:
-            return -inf, _FULL, oldest_at
-        if session.finals:
-            return -inf, _FINAL if standing == _HAS_FINAL else _AWAITED, oldest_at
-        return oldest_at + self._linger, _LINGERED, oldest_at
+        if self._is_complete(window) or session.finals:
+            return -inf, _COMPLETE, 0.0  # in line it keeps its place, whichever of its windows is the first
+        return window.oldest_at + self._linger, _OPEN, window.oldest_at
 
     def _is_current(self, stamp: int, session_id: int) -> bool:
         session = self._sessions.get(session_id)
         return session is not None and session.stamp == stamp
 
     def _ripen(self, now: float) -> None:
-        """Move what is due from the waiting to the ready, and drop stale entries from both tops."""
+        """Move what is due from the waiting to the ready, and drop stale entries from all heads."""
         while self._waiting:
             due_at, stamp, session_id = self._waiting[0]
             is_current = self._is_current(stamp, session_id)
@@ -286,7 +397,29 @@ class Schedule:
                 break
             heapq.heappop(self._waiting)
             if is_current:
-                _, rank, age = self._sessions[session_id].place
-                heapq.heappush(self._ready, (rank, age, stamp, session_id))
-        while self._ready and not self._is_current(*self._ready[0][2:]):
-            heapq.heappop(self._ready)
+                self._ready(self._sessions[session_id], now)
+        while self._retries and not self._is_current(*self._retries[0][1:]):
+            heapq.heappop(self._retries)
+        while self._open:
+            oldest_at, stamp, session_id = self._open[0]
+            is_current = self._is_current(stamp, session_id)
+            if is_current and oldest_at + MAX_OPEN_SECONDS > now:
+                break
+            heapq.heappop(self._open)
+            if is_current:
+                self._backlog.append((stamp, session_id))
+        for line in (self._live, self._backlog):
+            while line and not self._is_current(*line[0]):
+                line.popleft()
+
+    def _ready(self, session: _Session, now: float) -> None:
+        _, rank, oldest_at = session.place
+        if rank == _COMPLETE:
+            first = self._first(session)
+            assert first is not None  # noqa: S101 - it has a complete run
+            line = self._backlog if first.oldest_at + BACKLOG_SECONDS <= now else self._live
+            line.append((session.stamp, session.session_id))
+        else:
+            heapq.heappush(
+                self._retries if rank == _RETRY else self._open, (oldest_at, session.stamp, session.session_id)
+            )

@@ -310,7 +310,8 @@ class Store:
             (batch_id, window_id, sequence, last_address),
         )
         self._record_attempt(key_id, now)
-        return self._load(batch_id, left[0][8] if left else None)
+        next_is_closed = any(row[3] != left[0][3] for row in left)
+        return self._load(batch_id, left[0][8] if left else None, next_is_closed=next_is_closed)
 
     def _choose(self, session_id: int, window_id: int, pending: list[Pending], envelope: Envelope) -> tuple[Cut, bool]:
         """Choose the cut, and whether it is sent as the final of its session.
@@ -369,7 +370,7 @@ class Store:
         self._record_attempt(load.batch.key_id, now)
         return load
 
-    def _load(self, batch_id: int, next_oldest_at: float | None = None) -> Load:
+    def _load(self, batch_id: int, next_oldest_at: float | None = None, *, next_is_closed: bool = False) -> Load:
         sealed, envelope_id, last_activity = self._sealed(batch_id)
         pieces = [
             Piece(*row)
@@ -380,7 +381,8 @@ class Store:
             )
         ]
         prefix = body_prefix(self._envelope(envelope_id), last_activity, sealed.sequence)
-        return Load(sealed, assemble(prefix, pieces, body_suffix(is_final=sealed.is_final)), next_oldest_at)
+        body = assemble(prefix, pieces, body_suffix(is_final=sealed.is_final))
+        return Load(sealed, body, next_oldest_at, next_is_closed)
 
     def _sealed(self, batch_id: int) -> tuple[SealedBatch, int, bytes]:
         key_id, session_id, window_id, sequence, envelope_id, last_activity, is_final, events, last = self._row(
@@ -435,12 +437,13 @@ class Store:
     def pending_windows(self, after: int, max_windows: int) -> list[PendingWindow]:
         """Return windows that have unsealed segments: the first `max_windows` by row after the row `after`."""
         rows = self._all(
-            "SELECT key_id, secret, session_id, window_id, events, bytes, oldest, finals FROM"
+            "SELECT key_id, secret, session_id, found.window_id, events, bytes, oldest, finals, digest, envelopes FROM"
             " (SELECT window_id, sum(events) events, sum(events_bytes) bytes, min(accepted_at) oldest,"
-            " sum(is_final) finals FROM segment WHERE window_id > ? AND batch_id IS NULL"
-            " GROUP BY window_id ORDER BY window_id LIMIT ?)"
-            " JOIN window ON window.id = window_id JOIN session ON session.id = session_id"
-            " JOIN key ON key.id = key_id ORDER BY window_id",
+            " sum(is_final) finals, max(envelope_id) newest, count(DISTINCT envelope_id) envelopes"
+            " FROM segment WHERE window_id > ? AND batch_id IS NULL"
+            " GROUP BY window_id ORDER BY window_id LIMIT ?) found"
+            " JOIN window ON window.id = found.window_id JOIN session ON session.id = session_id"
+            " JOIN key ON key.id = key_id JOIN envelope ON envelope.id = newest ORDER BY found.window_id",
             (after, max_windows),
         )
         return [PendingWindow(*row) for row in rows]

@@ -85,6 +85,10 @@ class PendingWindow(msgspec.Struct, frozen=True, gc=False):
     """Wall clock of the oldest segment's acceptance."""
     finals: int
     """Segments that end the session."""
+    digest: bytes
+    """Of the envelope of the last of them."""
+    envelopes: int
+    """Different ones among them; with several, what stands before the first change will not grow."""
 
 
 class SealedBatch(msgspec.Struct, frozen=True, gc=False):
@@ -120,6 +124,8 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     """Its gzip body; the same bytes at every call."""
     next_oldest_at: float | None = None
     """Wall clock of acceptance of what the cut left in the window; None where it left nothing, or on a retry."""
+    next_is_closed: bool = False
+    """Whether another envelope comes behind the first run of that."""
 
 
 class Recent(msgspec.Struct, frozen=True, gc=False):

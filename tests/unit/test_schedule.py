@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+from collections.abc import Sized
 from math import inf
 from typing import Any
 
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from relay.protocol.cut import Limits
-from relay.protocol.schedule import Choice, Schedule
+from relay.protocol.schedule import MAX_OPEN_SECONDS, Choice, Schedule
 
 LIMITS = Limits(10, 1_000)
 LINGER = 5.0
-ORDER = ("retry", "full", "awaited", "final", "lingered")
+LIVE_SHARE = 0.5
+PAGES = (b"a", b"b")
+"""Digests of envelopes."""
 
 
 class FakeWindow(msgspec.Struct):
@@ -24,10 +27,25 @@ class FakeWindow(msgspec.Struct):
 
     session_id: int
     oldest_at: float
+    pages: list[bytes]
+    """Of its runs, in order."""
     events: int = 0
     events_bytes: int = 0
     finals: int = 0
     is_withheld: bool = False
+
+    def standing(self) -> str | None:
+        """Return why its first run is complete by itself, None for an open run or a final."""
+        more = bool(self.finals)  # a full batch that the final is in would be two, if the final has to wait
+        if self.events >= LIMITS.max_events + more or self.events_bytes >= LIMITS.max_bytes + more:
+            return "full"
+        return "closed" if len(self.pages) > 1 else None
+
+    def turn_at(self) -> float:
+        """Return what its session orders it by."""
+        if self.standing():
+            return self.oldest_at
+        return inf if self.finals else self.oldest_at + MAX_OPEN_SECONDS
 
 
 class FakeSession(msgspec.Struct):
@@ -36,6 +54,22 @@ class FakeSession(msgspec.Struct):
     choice: Choice | None = None
     batch_id: int | None = None
     retry_at: float = inf
+    passed_over: int = 0
+    """Complete runs of other sessions sent while it stood in line."""
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """What may be sent of a session, now or later."""
+
+    session_id: int
+    windows: frozenset[int | None]
+    """Any of these; None for a sealed batch."""
+    rank: int
+    """0 a retry, 1 a complete run, 2 an open run."""
+    due_at: float
+    age: float
+    """When the batch may be sent again, or when the run's oldest event was accepted."""
+    reason: str
 
 
 class Model:
@@ -45,27 +79,31 @@ class Model:
         self.windows: dict[int, FakeWindow] = {}
         self.sessions: dict[int, FakeSession] = {}
 
-    def candidates(self) -> list[tuple[float, int, float, int, int | None]]:
-        """Return (due_at, rank, age, session, window) of everything that may be sent at some time."""
-        found: list[tuple[float, int, float, int, int | None]] = []
-        for session_id, session in self.sessions.items():
-            if session.choice is None and session.batch_id is not None:
-                found.append((session.retry_at, 0, session.retry_at, session_id, None))
-        for window_id, window in self.windows.items():
-            session = self.sessions[window.session_id]
-            if session.choice is not None or session.batch_id is not None or window.is_withheld:
-                continue
-            has_final = any(w.finals for w in self.windows.values() if w.session_id == window.session_id)
-            is_full = window.events >= LIMITS.max_events or window.events_bytes >= LIMITS.max_bytes
-            if window.finals:
-                rank = 3
-            elif is_full:
-                rank = 1
-            else:
-                rank = 2 if has_final else 4
-            due_at = window.oldest_at + LINGER if rank == 4 else -inf
-            found.append((due_at, rank, window.oldest_at, window.session_id, window_id))
-        return found
+    def candidates(self, now: float) -> list[Candidate]:
+        """Return what may be sent at some time, one a session."""
+        return [
+            found
+            for session_id, session in self.sessions.items()
+            if session.choice is None and (found := self._candidate(session_id, session, now)) is not None
+        ]
+
+    def _candidate(self, session_id: int, session: FakeSession, now: float) -> Candidate | None:
+        if session.batch_id is not None:
+            return Candidate(session_id, frozenset((None,)), 0, session.retry_at, session.retry_at, "retry")
+        mine = {number: window for number, window in self.windows.items() if window.session_id == session_id}
+        free = {number: window for number, window in mine.items() if not window.is_withheld}
+        if not free:
+            return None
+        turn_at = min(window.turn_at() for window in free.values())
+        numbers = frozenset(number for number, window in free.items() if window.turn_at() == turn_at)
+        first = free[min(numbers)]
+        has_final = any(window.finals for window in mine.values())
+        reason = first.standing() or ("final" if first.finals else "awaited" if has_final else None)
+        if reason is None:
+            is_aged = first.oldest_at + MAX_OPEN_SECONDS <= now
+            reason, rank, due_at = ("aged", 1, -inf) if is_aged else ("lingered", 2, first.oldest_at + LINGER)
+            return Candidate(session_id, numbers, rank, due_at, first.oldest_at, reason)
+        return Candidate(session_id, numbers, 1, -inf, first.oldest_at, reason)
 
 
 class ScheduleMachine(RuleBasedStateMachine):
@@ -73,7 +111,7 @@ class ScheduleMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.schedule = Schedule(LIMITS, LINGER)
+        self.schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
         self.model = Model()
         self.now = 100.0
         self.batches = 0
@@ -96,29 +134,34 @@ class ScheduleMachine(RuleBasedStateMachine):
         events_bytes=st.sampled_from([1, 10, 999, 1_000]),
         finals=st.sampled_from([0, 0, 0, 1]),
         age=st.sampled_from([0, 0, 1, 7]),
+        page=st.sampled_from(PAGES),
     )
-    def add(self, session_id: int, number: int, events: int, events_bytes: int, finals: int, age: int) -> None:
+    def add(
+        self, session_id: int, number: int, events: int, events_bytes: int, finals: int, age: int, page: bytes
+    ) -> None:
         """Segments accepted, now or before a restart."""
         window_id = 10 * session_id + number
         self.changes += 1
-        counts = {"events": events, "events_bytes": events_bytes, "finals": finals}
-        self.schedule.add(session_id, window_id, **counts, oldest_at=self.now - age)
+        counts: dict[str, Any] = {"events": events, "events_bytes": events_bytes, "finals": finals}
+        self.schedule.add(session_id, window_id, **counts, oldest_at=self.now - age, digest=page)
         self.model.sessions.setdefault(session_id, FakeSession())
-        window = self.model.windows.setdefault(window_id, FakeWindow(session_id, self.now - age))
+        window = self.model.windows.setdefault(window_id, FakeWindow(session_id, self.now - age, [page]))
         window.events += events
         window.events_bytes += events_bytes
         window.finals += finals
+        if window.pages[-1] != page:
+            window.pages.append(page)
         self._let_go(session_id)
 
-    @rule(seconds=st.sampled_from([0.5, 1, 4, 5, 20]))
+    @rule(seconds=st.sampled_from([0.5, 1, 4, 5, 20, 700, 1_000]))
     def wait(self, seconds: float) -> None:
         """Time passes."""
         self.now += seconds
 
     @rule()
     def choose(self) -> None:
-        """Something is chosen just when something is due, and it is the first by rank and age."""
-        due = [found[1:] for found in self.model.candidates() if found[0] <= self.now]
+        """Something is chosen just when something is due, and nothing of a better rank, or older, is passed over."""
+        due = [found for found in self.model.candidates(self.now) if found.due_at <= self.now]
         choice = self.schedule.choose(self.now)
         if not due:
             assert choice is None
@@ -126,11 +169,23 @@ class ScheduleMachine(RuleBasedStateMachine):
         assert choice is not None
         session = self.model.sessions[choice.session_id]
         assert session.choice is None
-        rank, age = min(found[:2] for found in due)
-        assert (rank, age, choice.session_id, choice.window_id) in due
-        assert choice.reason == ORDER[rank]
+        (chosen,) = (found for found in due if found.session_id == choice.session_id)
+        assert chosen.rank == min(found.rank for found in due)
+        if chosen.rank != 1:
+            assert chosen.age == min(found.age for found in due if found.rank == chosen.rank)
+        assert choice.window_id in chosen.windows
+        assert choice.reason == chosen.reason
         assert choice.batch_id == (None if choice.window_id else session.batch_id)
         session.choice = choice
+        self._check_line(chosen, due)
+
+    def _check_line(self, chosen: Candidate, due: list[Candidate]) -> None:
+        """Nobody stands in line for more than two rounds of each of the two lines."""
+        session_ids = {found.session_id for found in due if found.rank == 1} - {chosen.session_id}
+        for session_id, session in self.model.sessions.items():
+            session.passed_over = session.passed_over + (chosen.rank == 1) if session_id in session_ids else 0
+            # Two rounds: who has come into line by age alone goes to its end when the run is complete by itself.
+            assert session.passed_over <= 4 * len(self.model.sessions)
 
     def in_flight(self) -> list[int]:
         """Return the sessions that are busy."""
@@ -176,7 +231,10 @@ class ScheduleMachine(RuleBasedStateMachine):
         leaves = events < window.events
         finals = 0 if leaves else window.finals
         left_at = window.oldest_at + 1 if leaves else None
-        self.schedule.seal(window_id, events=events, events_bytes=taken_bytes, finals=finals, next_oldest_at=left_at)
+        window.pages = window.pages[1:] or window.pages
+        is_closed = leaves and len(window.pages) > 1
+        counts: dict[str, Any] = {"events": events, "events_bytes": taken_bytes, "finals": finals}
+        self.schedule.seal(window_id, **counts, next_oldest_at=left_at, next_is_closed=is_closed)
         if left_at is None:
             del self.model.windows[window_id]
             return
@@ -193,7 +251,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @invariant()
     def wakes_up_in_time(self) -> None:
         """The next moment to look is the moment when the next thing is due: neither later nor for nothing."""
-        due_at = min((found[0] for found in self.model.candidates()), default=inf)
+        due_at = min((found.due_at for found in self.model.candidates(self.now)), default=inf)
         assert self.schedule.ready_at(self.now) == max(due_at, self.now)
 
     @invariant()
@@ -207,8 +265,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @invariant()
     def keeps_little(self) -> None:
         """Entries are at most one for each session, and stale ones a few for each change since."""
-        entries = len(self.schedule._waiting) + len(self.schedule._ready)
-        assert entries <= len(self.model.sessions) + self.changes
+        assert count_entries(self.schedule) <= len(self.model.sessions) + self.changes
         assert sum(len(session.queue) for session in self.schedule._sessions.values()) <= 3 * self.changes
 
     def teardown(self) -> None:
@@ -216,13 +273,18 @@ class ScheduleMachine(RuleBasedStateMachine):
         for session_id in self.in_flight():
             self.schedule.release(session_id)
         for window_id, window in self.model.windows.items():
-            self.schedule.add(window.session_id, window_id, events=1, events_bytes=1, finals=0, oldest_at=self.now)
+            counts: dict[str, Any] = {"events": 1, "events_bytes": 1, "finals": 0}
+            self.schedule.add(window.session_id, window_id, **counts, oldest_at=self.now, digest=PAGES[0])
         left = set(self.model.windows)
         self.now += 100
         while (choice := self.schedule.choose(self.now)) is not None:
             if choice.window_id is not None:
                 left.remove(choice.window_id)
-                counts = {"events": 10**9, "events_bytes": 0, "finals": self.model.windows[choice.window_id].finals}
+                counts = {
+                    "events": 10**9,
+                    "events_bytes": 0,
+                    "finals": self.model.windows[choice.window_id].finals,
+                }
                 self.schedule.seal(choice.window_id, **counts, next_oldest_at=None)
             self.schedule.release(choice.session_id)
         assert not left
@@ -234,12 +296,21 @@ TestSchedule = ScheduleMachine.TestCase
 TestSchedule.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 
 
-def make_schedule(windows: int, per_session: int) -> Schedule:
-    """Return a schedule of windows that linger, evenly spread over sessions."""
-    schedule = Schedule(LIMITS, LINGER)
+def count_entries(schedule: Schedule) -> int:
+    """Return how many entries the lane's queues hold, stale ones included."""
+    queues: tuple[Sized, ...] = (
+        *(schedule._waiting, schedule._retries, schedule._open),
+        *(schedule._live, schedule._backlog),
+    )
+    return sum(len(queue) for queue in queues)
+
+
+def make_schedule(windows: int, per_session: int, events: int = 1) -> Schedule:
+    """Return a schedule of windows, evenly spread over sessions, that linger or, with 10 events, are full."""
+    schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
     for number in range(windows):
-        counts = {"events": 1, "events_bytes": 10, "finals": 0}
-        schedule.add(1 + number // per_session, 1 + number, **counts, oldest_at=number / windows)
+        counts: dict[str, Any] = {"events": events, "events_bytes": 10, "finals": 0}
+        schedule.add(1 + number // per_session, 1 + number, **counts, oldest_at=number / windows, digest=PAGES[0])
     return schedule
 
 
@@ -266,24 +337,26 @@ def serve(schedule: Schedule, now: float) -> bool:
     if choice is None:
         return False
     assert choice.window_id is not None
-    schedule.seal(choice.window_id, events=1, events_bytes=10, finals=0, next_oldest_at=None)
+    schedule.seal(choice.window_id, events=10, events_bytes=10, finals=0, next_oldest_at=None)
     schedule.ready_at(now)
     schedule.release(choice.session_id)
     return True
 
 
+@pytest.mark.parametrize("now", [100.0, 2_000.0])
+@pytest.mark.parametrize("events", [1, 10])
 @pytest.mark.parametrize("per_session", [1, 10, 20_000])
-def test_a_delivery_costs_a_few_heap_steps_however_much_is_pending(per_session: int) -> None:
-    """With 20 000 windows due, in one session or in as many, each is pushed and popped a constant number of times."""
+def test_a_delivery_costs_a_few_heap_steps_however_much_is_pending(per_session: int, events: int, now: float) -> None:
+    """With 20 000 windows due, lingering, full or aged, in one session or in as many, each costs a constant."""
     windows = 20_000
-    schedule = make_schedule(windows, per_session)
-    first = count_heap_steps(lambda: schedule.ready_at(100.0))
-    assert first <= 2 * windows // per_session + 1  # what has become due at once is moved once
+    schedule = make_schedule(windows, per_session, events)
+    first = count_heap_steps(lambda: schedule.ready_at(now))
+    assert first <= 3 * windows // per_session + 1  # what has become due at once is moved once, by age once more
     served = 0
 
     def serve_all() -> None:
         nonlocal served
-        while serve(schedule, 100.0):
+        while serve(schedule, now):
             served += 1
 
     assert count_heap_steps(serve_all) <= 6 * windows
@@ -299,19 +372,19 @@ def test_waiting_costs_nothing() -> None:
 
 def test_batches_behind_a_pending_final_leave_no_entries() -> None:
     """While nothing can be sent, a session that goes on after its final takes no more room."""
-    schedule = Schedule(LIMITS, LINGER)
-    schedule.add(1, 1, events=1, events_bytes=1, finals=1, oldest_at=0)
+    schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
+    schedule.add(1, 1, events=1, events_bytes=1, finals=1, oldest_at=0, digest=PAGES[0])
     for number in range(1_000):
-        schedule.add(1, 2, events=1, events_bytes=1, finals=number % 2, oldest_at=number)
+        schedule.add(1, 2, events=1, events_bytes=1, finals=number % 2, oldest_at=number, digest=PAGES[number % 2])
         assert schedule.ready_at(number) == number
-    assert len(schedule._waiting) + len(schedule._ready) < 10
+    assert count_entries(schedule) < 10
     assert len(schedule._sessions[1].queue) < 10
 
 
 def test_a_seal_that_left_more_than_was_counted_is_believed() -> None:
     """The spool knows better: what it says is left stays scheduled, whatever the count says."""
-    schedule = Schedule(LIMITS, LINGER)
-    schedule.add(1, 1, events=10, events_bytes=1, finals=0, oldest_at=0)
+    schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
+    schedule.add(1, 1, events=10, events_bytes=1, finals=0, oldest_at=0, digest=PAGES[0])
     choice = schedule.choose(0)
     assert choice == Choice(1, 1, None, "full")
     schedule.seal(1, events=10, events_bytes=1, finals=0, next_oldest_at=3)
