@@ -57,11 +57,7 @@ class Listen(Section, frozen=True):
     ] = 67_108_864
     header_seconds: Annotated[
         float,
-        Meta(
-            gt=0,
-            le=3_600,
-            description="Time for the first to the last byte of a request's headers; ends slowloris.",
-        ),
+        Meta(gt=0, le=3_600, description="Time for the first to the last byte of a request's headers; ends slowloris."),
     ] = 10.0
     body_grace_seconds: Annotated[
         float,
@@ -91,11 +87,7 @@ class Listen(Section, frozen=True):
     ] = 75.0
     write_seconds: Annotated[
         float,
-        Meta(
-            gt=0,
-            le=3_600,
-            description="Time for a client to take a response; a reader that never reads is cut off.",
-        ),
+        Meta(gt=0, le=3_600, description="Time for a client to take a response; a reader that never reads is cut off."),
     ] = 30.0
 
 
@@ -355,19 +347,12 @@ class Forward(Section, frozen=True):
         Meta(
             gt=0,
             lt=1,
-            description=(
-                "Share of a key's requests for what was accepted in the last 10 minutes, while older batches wait too. "
-                "At a half, a backlog drains in at most twice the time, and nobody new waits for that."
-            ),
+            description="Share of requests for what is under 10 minutes old, while backlog waits too: neither starves.",
         ),
     ] = 0.5
     backoff_base_seconds: Annotated[
         float,
-        Meta(
-            gt=0,
-            le=600,
-            description="Ceiling of the first retry's random delay; doubles with each further one.",
-        ),
+        Meta(gt=0, le=600, description="Ceiling of the first retry's random delay; doubles with each further one."),
     ] = 1.0
     backoff_max_seconds: Annotated[
         float,
@@ -390,11 +375,7 @@ class Forward(Section, frozen=True):
     ] = 5
     hold_seconds: Annotated[
         float,
-        Meta(
-            gt=0,
-            le=86_400,
-            description="Pause between probes of a key that upstream refuses with 401 or 403.",
-        ),
+        Meta(gt=0, le=86_400, description="Pause between probes of a key that upstream refuses with 401 or 403."),
     ] = 300.0
 
 
