@@ -107,10 +107,14 @@ class Relay:
         for lane in forward.lanes:
             if lane.state == "held":
                 warnings.append(f"upstream refuses {lane.key}: its batches wait in the spool")
+            elif lane.state == "misdirected":
+                warnings.append(f"something that is not the ingest API answers {lane.key}: check upstream.ingest_url")
             elif lane.state == "probing":
                 warnings.append(f"upstream does not answer {lane.key}: {lane.failures} failures in a row")
-        if account.parked_batches:
-            warnings.append(f"upstream refused {account.parked_batches} batches as sent; they stay in the spool")
+        if account.dead_letters:
+            warnings.append(
+                f"upstream refused {account.dead_lettered} events for good: lucent-relay spool dead-letters list"
+            )
         if forward.attempt_errors:
             warnings.append(f"{forward.attempt_errors} deliveries failed by an error of the relay; see the log")
         if not account.is_balanced:

@@ -412,6 +412,16 @@ class Spool(Section, frozen=True):
             ),
         ),
     ] = 268_435_456
+    dead_letter_max_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description=(
+                "Of the bytes in use, what dead letters may take; beyond it the oldest are dropped, counted as shed. "
+                "256 MiB hold days of a bad release."
+            ),
+        ),
+    ] = 268_435_456
     durability: Annotated[
         Literal["fsync", "os"],
         Meta(

@@ -33,18 +33,16 @@ class Metric(msgspec.Struct, frozen=True):
 
 
 METRICS = (
-    # The conservation account: accepted = delivered + pending + sealed + parked + dead_lettered + purged + shed.
+    # The conservation account: accepted = delivered + pending + sealed + dead_lettered + purged + shed.
     Metric("events_accepted_total", "counter", "Events answered 200, ever, in this spool.", "account", "accepted"),
     Metric("events_delivered_total", "counter", "Events that upstream has taken.", "account", "delivered"),
-    Metric("events_dead_lettered_total", "counter", "Events upstream refused for good.", "account", "dead_lettered"),
     Metric("events_purged_total", "counter", "Events removed by an operator.", "account", "purged"),
-    Metric("events_shed_total", "counter", "Events dropped by the overflow policy.", "account", "shed"),
+    Metric("events_shed_total", "counter", "Dead letters' events dropped for want of room.", "account", "shed"),
     Metric("spool_pending_events", "gauge", "Spooled events in no sealed batch.", "account", "pending"),
     Metric("spool_sealed_events", "gauge", "Spooled events in a sealed batch on its way.", "account", "sealed"),
-    Metric("spool_parked_events", "gauge", "Spooled events upstream refused as sent.", "account", "parked"),
-    Metric(
-        "spool_parked_batches", "gauge", "Sealed batches that upstream refused as sent.", "account", "parked_batches"
-    ),
+    Metric("dead_letter_events", "gauge", "Events upstream refused for good.", "account", "dead_lettered"),
+    Metric("dead_letters", "gauge", "Dead letters that hold them.", "account", "dead_letters"),
+    Metric("dead_letter_bytes", "gauge", "What these take of the disk.", "account", "dead_letter_bytes"),
     Metric("spool_segments", "gauge", "Segments in the spool.", "account", "segments"),
     Metric("spool_lag_seconds", "gauge", "Age of the oldest spooled event.", "account", "lag_seconds"),
     # The disk.
@@ -73,7 +71,8 @@ METRICS = (
     Metric("batches_delivered_total", "counter", "Upstream batches delivered.", "forward", "batches_delivered"),
     Metric("forward_events_total", "counter", "Events delivered by this process.", "forward", "events_delivered"),
     Metric("forward_segments_total", "counter", "Segments merged into them.", "forward", "segments_delivered"),
-    Metric("batches_parked_total", "counter", "Upstream batches refused as sent.", "forward", "batches_parked"),
+    Metric("batches_recut_total", "counter", "Refused batches cut into smaller ones.", "forward", "batches_recut"),
+    Metric("batches_dead_total", "counter", "Batches made dead letters.", "forward", "batches_dead_lettered"),
     Metric("forward_bytes_total", "counter", "Bodies sent to upstream, retries included.", "forward", "bytes_sent"),
     Metric("attempt_errors_total", "counter", "Deliveries that failed by our own error.", "forward", "attempt_errors"),
     Metric("forward_in_flight", "gauge", "Requests to upstream under way.", "forward", "in_flight"),

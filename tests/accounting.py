@@ -10,7 +10,7 @@ import msgspec
 from relay.spool.values import Account
 
 _GONE = ("delivered", "dead_lettered", "purged", "shed")
-_SPOOLED = ("pending", "sealed", "parked")
+_SPOOLED = ("pending", "sealed")
 
 
 def assert_accounted(account: Account | Mapping[str, Any], **expected: int) -> None:
@@ -28,4 +28,6 @@ def assert_accounted(account: Account | Mapping[str, Any], **expected: int) -> N
     assert figures["is_balanced"] is True
     assert (figures["spooled"] == 0) == (figures["segments"] == 0), figures
     assert figures["segments"] <= figures["spooled"], figures
-    assert (figures["parked_batches"] == 0) == (figures["parked"] == 0), figures
+    assert (figures["dead_letters"] == 0) == (figures["dead_lettered"] == 0) == (figures["dead_letter_bytes"] == 0), (
+        figures
+    )

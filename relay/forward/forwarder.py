@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -43,8 +44,10 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     """Events in them."""
     segments_delivered: int
     """Segments merged into them."""
-    batches_parked: int
-    """Batches that upstream refused as they are."""
+    batches_recut: int
+    """Batches that upstream refused and that were cut into smaller ones."""
+    batches_dead_lettered: int
+    """Batches that upstream refused and that became dead letters."""
     bytes_sent: int
     """Gzip bodies, retries included."""
     attempt_errors: int
@@ -88,6 +91,7 @@ class Forwarder:
         self._slots = trio.Semaphore(config.forward.max_in_flight)
         self._lanes: dict[int, Lane] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
+        self._refused: set[str] = set()
         self._has_more = False
         self._skipped = False
         """Whether this round of reading has left windows on disk."""
@@ -105,6 +109,7 @@ class Forwarder:
         async with trio.open_nursery() as deliveries, trio.open_nursery() as lanes:
             self._start_lane = partial(self._add_lane, lanes, deliveries)
             self._spool.on_appended = self._note_appended
+            self._spool.on_pending = self._note_added
             try:
                 await self._restore()
                 task_status.started()
@@ -118,6 +123,17 @@ class Forwarder:
         """Begin no further delivery."""
         self._stopping.set()
 
+    def is_refused(self, key: str) -> bool:
+        """Return whether upstream is known to refuse a key."""
+        return key in self._refused
+
+    def release_key(self, name: str) -> bool:
+        """Try a held key at once, and let its clients in; returns whether there is one of that fingerprint."""
+        lanes = [lane for lane in self._lanes.values() if lane.status().key == name and lane.status().state == "held"]
+        for lane in lanes:
+            lane.release_key()
+        return bool(lanes)
+
     def statistics(self) -> ForwardStatistics:
         """Return counters and the state of the lanes."""
         counts = self._counts
@@ -128,7 +144,8 @@ class Forwarder:
             batches_delivered=counts.batches_delivered,
             events_delivered=counts.events_delivered,
             segments_delivered=counts.segments_delivered,
-            batches_parked=counts.batches_parked,
+            batches_recut=counts.batches_recut,
+            batches_dead_lettered=counts.batches_dead_lettered,
             bytes_sent=counts.bytes_sent,
             attempt_errors=counts.attempt_errors,
             in_flight=sum(lane.in_flight for lane in lanes),
@@ -174,26 +191,33 @@ class Forwarder:
         return lane or self._start_lane(key_id, await self._spool.key(key_id))
 
     def _note_appended(self, appended: Appended, batch: NewBatch) -> None:
-        if self._stopping.is_set():
-            return
-        lane = self._lanes.get(appended.key_id) or self._start_lane(appended.key_id, appended.key)
-        if not lane.knows(appended.window_id) and not self._has_room(lane):
-            self._has_more = self._skipped = True
-            return
-        lane.add(
-            PendingWindow(
-                appended.key_id,
-                appended.key,
-                appended.session_id,
-                appended.window_id,
-                batch.event_count,
-                sum(segment.events_bytes for segment in batch.segments),
-                batch.accepted_at,
-                int(batch.is_final),
-                batch.digest,
-                1,
+        self._note_added(
+            (
+                PendingWindow(
+                    appended.key_id,
+                    appended.key,
+                    appended.session_id,
+                    appended.window_id,
+                    batch.event_count,
+                    sum(segment.events_bytes for segment in batch.segments),
+                    batch.accepted_at,
+                    int(batch.is_final),
+                    batch.digest,
+                    1,
+                ),
             )
         )
+
+    def _note_added(self, windows: Sequence[PendingWindow]) -> None:
+        """Take what was added to windows, accepted or sent again by an operator, into the schedules (rule 1)."""
+        if self._stopping.is_set():
+            return
+        for window in windows:
+            lane = self._lanes.get(window.key_id) or self._start_lane(window.key_id, window.key)
+            if lane.knows(window.window_id) or self._has_room(lane):
+                lane.add(window)
+            else:
+                self._has_more = self._skipped = True
 
     def _has_room(self, lane: Lane) -> bool:
         """Return whether a lane may hold another window: while there is room for all, or up to its own share."""
@@ -201,7 +225,9 @@ class Forwarder:
         return self._pending_windows() < max_windows or lane.pending_windows < max_windows // len(self._lanes)
 
     def _add_lane(self, lanes: trio.Nursery, deliveries: trio.Nursery, key_id: int, key: str) -> Lane:
-        lane = Lane(key_id, key, self._config, self._spool, self._client, self._clocks, self._counts, self._slots)
+        lane = Lane(
+            key_id, key, self._config, self._spool, self._client, self._clocks, self._counts, self._slots, self._refused
+        )
         self._lanes[key_id] = lane
         self._scopes[key_id] = trio.CancelScope()
         lanes.start_soon(self._run_lane, lane, deliveries)

@@ -10,10 +10,11 @@ Rules:
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias, TypeVar
 
 import msgspec
 import structlog
@@ -26,11 +27,13 @@ from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
 from relay.protocol.budget import Budget
 from relay.protocol.cut import Limits
-from relay.protocol.fingerprint import fingerprint
+from relay.protocol.fingerprint import fingerprint, redact
 from relay.protocol.schedule import Choice, Schedule
 from relay.protocol.verdict import Verdict, classify, parse_retry_after
 from relay.spool.spool import Spool
-from relay.spool.values import Load, PendingWindow, SealedBatch
+from relay.spool.values import Load, PendingWindow, Recut, SealedBatch
+
+T = TypeVar("T")
 
 INGEST_TARGET = "/api/sdk/replay"
 """Upstream's one runtime endpoint."""
@@ -42,7 +45,17 @@ _IN_TRANSIT_SECONDS = 5.0
 """How long after its beginning a send of an earlier run may have reached upstream; its end was not recorded."""
 
 _REPLY_EXCERPT_BYTES = 300
-"""Of an upstream answer, in a log line or beside a parked batch."""
+"""Of an upstream answer, in a log line."""
+
+_DEAD_LETTER_ANSWER_BYTES = 4_096
+"""Of an upstream answer, beside a dead letter: the issues of a handful of bad fields."""
+
+_CONFIRM_SECONDS = 10.0
+"""Pause before the first probe of a refused key, at most. One refusal may be a hiccup of upstream's, and to answer
+clients 401 is to lose what they send."""
+
+_RECUTS: dict[Verdict, Recut] = {Verdict.POISON: "alone", Verdict.TOO_LARGE: "halves"}
+"""How a batch is cut that upstream refuses as it is."""
 
 log = structlog.get_logger()
 
@@ -81,11 +94,15 @@ class ForwardCounts:
         self.batches_delivered = 0
         self.events_delivered = 0
         self.segments_delivered = 0
-        self.batches_parked = 0
+        self.batches_recut = 0
+        self.batches_dead_lettered = 0
         self.bytes_sent = 0
         """Gzip bodies, retries included."""
         self.attempt_errors = 0
         """Attempts that ended in an error of ours."""
+
+
+LaneState: TypeAlias = Literal["open", "probing", "held", "limited", "misdirected"]
 
 
 class LaneStatus(msgspec.Struct, frozen=True):
@@ -93,9 +110,9 @@ class LaneStatus(msgspec.Struct, frozen=True):
 
     key: str
     """Fingerprint of the upstream key."""
-    state: Literal["open", "probing", "held", "limited"]
+    state: LaneState
     """`open`: sends freely. `probing`: after failures, one at a time. `held`: upstream refuses the key. `limited`:
-    upstream asked us to wait."""
+    upstream asked us to wait. `misdirected`: something that is not the ingest API answers."""
     pending_windows: int
     """Windows with events that are in no sealed batch."""
     in_flight: int
@@ -116,6 +133,7 @@ class Lane:
         key: The key.
         config: Sections batch, budget and forward.
         slots: Bounds the requests under way over all lanes.
+        refused: Keys that upstream refuses for certain; the lane's own is put in and taken out.
     """
 
     def __init__(
@@ -128,6 +146,7 @@ class Lane:
         clocks: Clocks,
         counts: ForwardCounts,
         slots: trio.Semaphore,
+        refused: set[str],
     ) -> None:
         self.key_id = key_id
         self._key = key
@@ -137,6 +156,7 @@ class Lane:
         self._clocks = clocks
         self._counts = counts
         self._slots = slots
+        self._refused = refused
         self._log = log.bind(key=fingerprint(key))
         limits = Limits(config.batch.max_events, config.batch.max_bytes)
         self._schedule = Schedule(limits, config.batch.linger_seconds, config.forward.live_share)
@@ -145,6 +165,9 @@ class Lane:
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
         self._not_before = -inf
         self._is_held = False
+        self._is_misdirected = False
+        self._parts: dict[int, deque[int]] = {}
+        """By session: batches that a refused one was cut into and that are not sent yet, in order."""
         self._failures: dict[int, int] = {}
         """Failed attempts in a row, by batch; only of batches that wait for a retry."""
         self._in_flight = 0
@@ -175,8 +198,15 @@ class Lane:
         return self._schedule.has_window(window_id)
 
     def restore(self, batch: SealedBatch) -> None:
-        """Note a batch that an earlier run sealed and did not settle; it is sent again at once."""
-        self._schedule.retry_at(batch.session_id, batch.batch_id, -inf)
+        """Note a batch that an earlier run sealed and did not settle; it is sent again at once.
+
+        A session has several of them where a refused batch was cut; they are noted in order.
+        """
+        if batch.session_id in self._parts:
+            self._parts[batch.session_id].append(batch.batch_id)
+        else:
+            self._parts[batch.session_id] = deque()
+            self._schedule.retry_at(batch.session_id, batch.batch_id, -inf)
         self.wake()
 
     def restore_attempt(self, at: float) -> None:
@@ -197,11 +227,13 @@ class Lane:
     def status(self) -> LaneStatus:
         """Return the lane's state."""
         now = self._clocks.monotonic()
-        state: Literal["open", "probing", "held", "limited"] = "open"
+        state: LaneState = "open"
         if self._is_held:
             state = "held"
         elif self._not_before > now:
             state = "limited"
+        elif self._is_misdirected:
+            state = "misdirected"
         elif self._breaker.is_open:
             state = "probing"
         return LaneStatus(
@@ -213,6 +245,16 @@ class Lane:
             self._budget.limit,
             self._breaker.failures,
         )
+
+    def release_key(self) -> None:
+        """Take the key for good until upstream says otherwise, and ask at once."""
+        self._release_key()
+        self._breaker.hurry(self._clocks.monotonic())
+        self.wake()
+
+    def _release_key(self) -> None:
+        self._is_held = False
+        self._refused.discard(self._key)
 
     # -- doing it
 
@@ -310,6 +352,7 @@ class Lane:
             (b"Content-Encoding", b"gzip"),
         )
         reply: Reply | None = None
+        was_held = self._is_held
         self._counts.bytes_sent += len(load.body)
         try:
             reply = await self._client.request("POST", INGEST_TARGET, headers, load.body)
@@ -318,27 +361,50 @@ class Lane:
             problem = str(error)
         verdict = Verdict.RETRY if reply is None else classify(reply.status)
         self._counts.verdicts[verdict] += 1
-        await self._settle(load.batch, verdict, reply, problem)
-
-    async def _settle(self, batch: SealedBatch, verdict: Verdict, reply: Reply | None, problem: str) -> None:
-        """Carry out a verdict: rule 2."""
-        now = self._clocks.monotonic()
-        if verdict in (Verdict.DELIVERED, Verdict.POISON, Verdict.TOO_LARGE):
+        if reply is not None and verdict in _RECUTS:
             self._note_success()
-            self._failures.pop(batch.batch_id, None)
-            if verdict is Verdict.DELIVERED:
-                await self._record(lambda: self._spool.settle(batch.batch_id))
-                self._counts.batches_delivered += 1
-                self._counts.events_delivered += batch.event_count
-                self._counts.segments_delivered += batch.segment_count
-            else:
-                self._log.error("upstream refuses a batch, it stays in the spool", batch=batch.batch_id, reply=problem)
-                await self._record(lambda: self._spool.park(batch.batch_id, problem))
-                self._counts.batches_parked += 1
+            await self._refuse(load.batch, _RECUTS[verdict], reply, problem)
+        elif verdict is Verdict.DELIVERED:
+            self._note_success()
+            await self._record(lambda: self._spool.settle(load.batch.batch_id))
+            self._counts.batches_delivered += 1
+            self._counts.events_delivered += load.batch.event_count
+            self._counts.segments_delivered += load.batch.segment_count
+            self._go_on(load.batch)
+        else:
+            self._retry(load.batch, verdict, reply, problem, was_held=was_held)
+
+    async def _refuse(self, batch: SealedBatch, cut: Recut, reply: Reply, problem: str) -> None:
+        """Go on with the parts of a batch that upstream refuses as it is, or without it."""
+        answer = redact(reply.body[:_DEAD_LETTER_ANSWER_BYTES].decode("utf-8", "replace"))
+        refused = await self._record(lambda: self._spool.refuse(batch.batch_id, cut, reply.status, answer))
+        if refused.parts:
+            self._counts.batches_recut += 1
+            self._log.warning("upstream refuses a batch, it is cut", parts=len(refused.parts), reply=problem)
+        else:
+            self._counts.batches_dead_lettered += 1
+            self._log.error("upstream refuses events, they are dead letters", events=batch.event_count, reply=problem)
+        self._parts.setdefault(batch.session_id, deque()).extendleft(reversed(refused.parts))
+        self._go_on(batch)
+
+    def _go_on(self, batch: SealedBatch) -> None:
+        """Let the session of a settled batch go on: with the next part of a refused one, if there is any."""
+        self._failures.pop(batch.batch_id, None)
+        parts = self._parts.get(batch.session_id)
+        if parts:
+            self._schedule.queue_part(batch.session_id, parts.popleft())
+        else:
+            self._parts.pop(batch.session_id, None)
             self._schedule.release(batch.session_id)
-            return
+
+    def _retry(
+        self, batch: SealedBatch, verdict: Verdict, reply: Reply | None, problem: str, *, was_held: bool
+    ) -> None:
+        """Send the batch again, later."""
+        now = self._clocks.monotonic()
         failures = self._failures[batch.batch_id] = self._failures.get(batch.batch_id, 0) + 1
         delay = self._backoff.delay_seconds(failures, self._clocks.uniform)
+        self._is_misdirected = verdict is Verdict.OUTAGE
         if verdict is Verdict.LIMITED:
             self._note_success()
             asked = parse_retry_after(
@@ -351,10 +417,8 @@ class Lane:
             delay = max(delay, asked or 0.0)
             self._log.warning("upstream limits the key", seconds=round(self._not_before - now, 1))
         elif verdict is Verdict.HOLD:
-            delay = self._settings.hold_seconds
-            self._breaker.trip(now, delay)
-            self._is_held = True
-            self._log.error("upstream refuses the key, its batches wait", reply=problem, seconds=delay)
+            self._hold(now, problem, was_held=was_held)
+            delay = 0.0  # the breaker says when the next probe goes
         else:
             self._breaker.fail(now, delay)
             if verdict is Verdict.OUTAGE:
@@ -363,13 +427,24 @@ class Lane:
                 self._log.warning("attempt failed", problem=problem, failures=self._breaker.failures)
         self._schedule.retry_at(batch.session_id, batch.batch_id, now + delay)
 
+    def _hold(self, now: float, problem: str, *, was_held: bool) -> None:
+        """Hold the key. It is known to be bad once a probe that began after the first refusal is refused too."""
+        self._is_held = True
+        if was_held:
+            self._refused.add(self._key)
+        is_certain = self._key in self._refused
+        pause = self._settings.hold_seconds if is_certain else min(self._settings.hold_seconds, _CONFIRM_SECONDS)
+        self._breaker.trip(now, pause)
+        self._log.error("upstream refuses the key, its batches wait", reply=problem, certain=is_certain, seconds=pause)
+
     def _note_success(self) -> None:
         if self._breaker.is_open:
             self._log.warning("upstream answers again", failures=self._breaker.failures)
         self._breaker.succeed()
-        self._is_held = False
+        self._is_misdirected = False
+        self._release_key()
 
-    async def _record(self, step: Callable[[], Awaitable[None]]) -> None:
+    async def _record(self, step: Callable[[], Awaitable[T]]) -> T:
         """Make an outcome durable, however long the disk refuses (rule 3)."""
         while True:
             try:

@@ -15,6 +15,7 @@ The functions choose; the spool makes the choice durable before a byte is sent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import msgspec
 
@@ -168,6 +169,12 @@ def later_activity(first: bytes, second: bytes) -> bytes:
     if not first or (second != first and float(second) > float(first)):
         return second
     return first
+
+
+def halve(sizes: Sequence[int]) -> int:
+    """Return how many of the first to take so that both parts are as equal as can be: at least 1, and never all."""
+    total = sum(sizes)
+    return 1 + min(enumerate(accumulate(sizes[:-1])), key=lambda each: abs(2 * each[1] - total))[0]
 
 
 def address(sequence: int, index: int) -> int:

@@ -47,7 +47,7 @@ MAX_OPEN_SECONDS = 900.0
 
 _RETRY, _COMPLETE, _OPEN = range(3)
 
-Reason = Literal["retry", "full", "closed", "awaited", "final", "lingered", "aged"]
+Reason = Literal["retry", "part", "full", "closed", "awaited", "final", "lingered", "aged"]
 
 _NOWHERE = (inf, _OPEN, inf)
 """The place of a session of which nothing may be sent."""
@@ -59,9 +59,9 @@ class Choice(msgspec.Struct, frozen=True):
     session_id: int
     """Busy from now on, until `release`, `retry_at` or `withhold`."""
     window_id: int | None
-    """Seal this window's next batch; None to send `batch_id` again."""
+    """Seal this window's next batch; None to send `batch_id`."""
     batch_id: int | None
-    """The sealed batch to send again."""
+    """The sealed batch to send, again or as a part of a refused one."""
     reason: Reason
     """Why it is due."""
 
@@ -99,6 +99,7 @@ class _Session:
         "batch_id",
         "finals",
         "is_busy",
+        "is_part",
         "place",
         "queue",
         "retry_at",
@@ -118,6 +119,8 @@ class _Session:
         self.finals = 0
         self.is_busy = False
         self.batch_id: int | None = None
+        self.is_part = False
+        """Whether that batch is sent in the session's turn rather than at `retry_at`."""
         self.retry_at = inf
         self.place: tuple[float, int, float] = _NOWHERE
         """(due_at, rank, oldest_at) by which it stands in the lane's queues."""
@@ -248,11 +251,23 @@ class Schedule:
         session = self._session(session_id)
         session.is_busy = False
         session.batch_id = batch_id
+        session.is_part = False
         session.retry_at = at
         self._place(session)
 
+    def queue_part(self, session_id: int, batch_id: int) -> None:
+        """Let a part of a refused batch be sent in the session's turn (rule 3); nothing else of the session before it.
+
+        It is no retry, which would go before everybody: to find one bad event takes many requests.
+        """
+        session = self._session(session_id)
+        session.is_busy = False
+        session.batch_id = batch_id
+        session.is_part = True
+        self._place(session)
+
     def release(self, session_id: int) -> None:
-        """Note that a session's batch in flight is settled or parked."""
+        """Note that a session's batch in flight is settled."""
         session = self._sessions[session_id]
         session.is_busy = False
         session.batch_id = None
@@ -294,7 +309,7 @@ class Schedule:
         session.is_busy = True
         session.place = _NOWHERE
         if session.batch_id is not None:
-            return Choice(session_id, None, session.batch_id, "retry")
+            return Choice(session_id, None, session.batch_id, "part" if session.is_part else "retry")
         window = self._windows[session.queue[0][-1]]
         return Choice(session_id, window.window_id, None, self._reason(window, now))
 
@@ -376,7 +391,7 @@ class Schedule:
 
     def _place_of(self, session: _Session) -> tuple[float, int, float]:
         if session.batch_id is not None:
-            return session.retry_at, _RETRY, session.retry_at
+            return (-inf, _COMPLETE, 0.0) if session.is_part else (session.retry_at, _RETRY, session.retry_at)
         window = self._first(session)
         if window is None:
             return _NOWHERE
@@ -416,8 +431,8 @@ class Schedule:
         _, rank, oldest_at = session.place
         if rank == _COMPLETE:
             first = self._first(session)
-            assert first is not None  # noqa: S101 - it has a complete run
-            line = self._backlog if first.oldest_at + BACKLOG_SECONDS <= now else self._live
+            is_backlog = first is not None and first.oldest_at + BACKLOG_SECONDS <= now
+            line = self._backlog if is_backlog else self._live
             line.append((session.stamp, session.session_id))
         else:
             heapq.heappush(

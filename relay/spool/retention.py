@@ -51,7 +51,7 @@ class Retention:
         Returns:
             The number of marks forgotten. By age a session's marks go together, once it is quiet: as long as it sends,
             another of its windows may use an old sequence, whose addresses must not be given out twice. Marks of a
-            session with events in the spool stay.
+            session with events in the spool, or among the dead letters, stay.
         """
         self._db.execute("DELETE FROM attempt WHERE at < ?", (attempts_before,))
         beyond = self._one("SELECT coalesce(max(id), 0) FROM mark") - max_marks
@@ -79,11 +79,13 @@ class Retention:
         return found is not None
 
     def _is_spooled(self, session_id: int) -> bool:
-        found = self._one(
-            "SELECT 1 FROM window JOIN segment ON segment.window_id = window.id WHERE window.session_id = ? LIMIT 1",
-            (session_id,),
+        return any(
+            self._one(
+                f"SELECT 1 FROM window JOIN {table} ON window_id = window.id WHERE session_id = ? LIMIT 1",  # noqa: S608
+                (session_id,),
+            )
+            for table in ("segment", "dead_letter")
         )
-        return found is not None
 
     def _forget_session(self, session_id: int) -> None:
         self._on_forgotten()

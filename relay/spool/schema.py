@@ -8,12 +8,16 @@ On disk, in the spool directory (0700):
 Rules:
 1. A segment's description and its bytes are two rows: descriptions are small and lie in the order of their window, so
    that the cut and a restart read them without touching a byte of events.
-2. `segment.batch_id` is null while the segment is pending; it is set once, when a cut is sealed, and never changed.
+2. `segment.batch_id` is null while the segment is pending. It is set when a cut is sealed, and changed only when
+   upstream has refused that batch and it is cut into smaller ones.
 3. `counter` holds what cannot be recomputed (events accepted, delivered, …); what lies in the spool is counted there.
 4. `mark` remembers client batches for longer than their events are kept. Row ids grow with time, so old marks are
    found without an index.
-5. Row ids that live in memory too (key, session, window, batch) are never used twice.
+5. Row ids that live in memory too (key, session, window, batch), or that an operator has seen (dead letter), are never
+   used twice.
 6. `attempt` remembers the sends of the last minute, so that a restart spends no budget twice.
+7. `session.refusals` counts the batches of the session that upstream called invalid since it last took one.
+8. A dead letter's row is its segment's, moved; its body and envelope stay where they are.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ _WAL_LIMIT_BYTES = 67_108_864
 _TABLES = """
 CREATE TABLE key (id INTEGER PRIMARY KEY AUTOINCREMENT, secret TEXT NOT NULL UNIQUE);
 CREATE TABLE session (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, key_id INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (key_id, name));
+    id INTEGER PRIMARY KEY AUTOINCREMENT, key_id INTEGER NOT NULL, name TEXT NOT NULL, refusals INTEGER NOT NULL,
+    UNIQUE (key_id, name));
 CREATE TABLE window (
     id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (session_id, name));
 CREATE TABLE envelope (
@@ -67,14 +72,20 @@ CREATE TABLE body (id INTEGER PRIMARY KEY, deflated BLOB NOT NULL);
 CREATE TABLE batch (
     id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, window_id INTEGER NOT NULL,
     address INTEGER NOT NULL, last_address INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL,
-    is_final INTEGER NOT NULL, events INTEGER NOT NULL, sealed_at REAL NOT NULL, parked TEXT);
+    is_final INTEGER NOT NULL, events INTEGER NOT NULL, sealed_at REAL NOT NULL);
 CREATE INDEX batch_session ON batch (session_id);
+CREATE TABLE dead_letter (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, window_id INTEGER NOT NULL, address INTEGER NOT NULL,
+    events INTEGER NOT NULL, events_bytes INTEGER NOT NULL, crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL,
+    last_activity BLOB NOT NULL, is_final INTEGER NOT NULL, accepted_at REAL NOT NULL, body_id INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, status INTEGER NOT NULL, answer TEXT NOT NULL, died_at REAL NOT NULL);
+CREATE INDEX dead_letter_window ON dead_letter (window_id, envelope_id);
 CREATE TABLE attempt (key_id INTEGER NOT NULL, at REAL NOT NULL);
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-COUNTERS = ("accepted", "delivered", "dead_lettered", "purged", "shed")
-"""The events of law 2, but for those that lie in the spool."""
+COUNTERS = ("accepted", "delivered", "purged", "shed")
+"""The events of law 2, but for those that are on the disk: spooled or dead letters."""
 
 
 def lock_directory(directory: Path) -> int:
@@ -174,3 +185,13 @@ def open_reader(path: Path, vfs: str | None = None) -> apsw.Connection:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
     connection.set_busy_timeout(1_000)
     return connection
+
+
+def free_bytes(connection: apsw.Connection) -> int:
+    """Return what the file system has left for a database, its pages that wait for re-use included."""
+    directory = Path(connection.filename).parent
+    if not directory.is_dir():
+        return 0
+    status = os.statvfs(directory)
+    reusable: int = connection.pragma("freelist_count") * connection.pragma("page_size")
+    return status.f_bavail * status.f_frsize + reusable

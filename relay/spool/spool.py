@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,8 +29,20 @@ from relay.config import Spool as SpoolSettings
 from relay.errors import SpoolUnavailable
 from relay.protocol.cut import Limits
 from relay.spool import schema
+from relay.spool.dead_letters import letter_ids
 from relay.spool.store import Step, Store
-from relay.spool.values import Account, Appended, Load, NewBatch, PendingWindow, Recent, SealedBatch
+from relay.spool.values import (
+    Account,
+    Appended,
+    Load,
+    Moved,
+    NewBatch,
+    PendingWindow,
+    Recent,
+    Recut,
+    Refused,
+    SealedBatch,
+)
 
 T = TypeVar("T")
 
@@ -48,6 +60,9 @@ _PRUNE_SECONDS = 1.0
 
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
+
+_LETTERS_A_STEP = 500
+"""Dead letters moved by one commit, at some 20 µs each."""
 
 _CLOSE_SECONDS = 10.0
 """Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
@@ -132,6 +147,8 @@ class Spool:
         self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
         self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
         """Called for every stored batch, in order of commit."""
+        self.on_pending: Callable[[Sequence[PendingWindow]], None] = lambda _windows: None
+        """Called for what is pending again, in order of commit."""
 
     # -- what may come in
 
@@ -185,9 +202,39 @@ class Spool:
         """Record that upstream has a batch, and free its space."""
         await self._step(lambda: self._store.settle(batch_id))
 
-    async def park(self, batch_id: int, reason: str) -> None:
-        """Leave a batch in the spool that upstream refuses as it is."""
-        await self._step(lambda: self._store.park(batch_id, reason))
+    async def refuse(self, batch_id: int, cut: Recut, status: int, answer: str) -> Refused:
+        """Cut a batch that upstream refuses into smaller ones, or make a dead letter of it: `Store.refuse`."""
+        max_bytes = self._settings.dead_letter_max_bytes
+        refused = await self._step(lambda: self._store.refuse(batch_id, cut, status, answer, self._now(), max_bytes))
+        if refused.shed.letters:
+            log.error(
+                "dead letters dropped, there is no room for them",
+                events=refused.shed.events,
+                max_bytes=max_bytes,
+            )
+        return refused
+
+    async def resend_dead_letters(self, ids: Sequence[int] | None) -> Moved:
+        """Make dead letters pending again, all of them without `ids`."""
+        return await self._move(ids, self._store.dead_letters.resend)
+
+    async def purge_dead_letters(self, ids: Sequence[int] | None) -> Moved:
+        """Drop dead letters, all of them without `ids`."""
+        return await self._move(ids, self._store.dead_letters.purge)
+
+    async def _move(self, ids: Sequence[int] | None, step: Callable[[Sequence[int]], Moved]) -> Moved:
+        """Run a step over dead letters, so many a commit that no client waits for long."""
+        every = await self._read(lambda: letter_ids(self._reader)) if ids is None else ids
+        letters = events = 0
+        for first in range(0, len(every), _LETTERS_A_STEP):
+            some = every[first : first + _LETTERS_A_STEP]
+            moved = await self._step(partial(step, some), self._announce_pending)
+            letters, events = letters + moved.letters, events + moved.events
+        return Moved(letters, events)
+
+    def _announce_pending(self, moved: Moved) -> None:
+        if moved.pending:
+            self.on_pending(moved.pending)
 
     async def key(self, key_id: int) -> str:
         """Return a key's secret."""
@@ -209,36 +256,45 @@ class Spool:
 
     async def account(self) -> Account:
         """Return the conservation account of one instant, read from the disk."""
+        return await self._read(self._read_account)
+
+    async def _read(self, call: Callable[[], T]) -> T:
         async with self._reading:
-            account: Account = await self._run(self._read_account)
-        return account
+            result: T = await self._run(partial(self._try, call))
+        return result
+
+    @staticmethod
+    def _try(call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except apsw.Error as error:
+            raise SpoolUnavailable(f"the disk refused a read: {error}") from error
 
     def _read_account(self) -> Account:
         def rows_of(sql: str) -> list[tuple[Any, ...]]:
             return self._reader.execute(sql).fetchall()
 
-        try:
-            with self._reader:  # one transaction, so one instant
-                counters = dict(rows_of("SELECT name, value FROM counter"))
-                [(spooled, segments, oldest_at)] = rows_of(
-                    "SELECT coalesce(sum(events), 0), count(*), min(accepted_at) FROM segment"
-                )
-                rows = rows_of("SELECT parked IS NOT NULL, coalesce(sum(events), 0), count(*) FROM batch GROUP BY 1")
-        except apsw.Error as error:
-            raise SpoolUnavailable(f"the disk refused a read: {error}") from error
-        batches = {is_parked: (events, count) for is_parked, events, count in rows}
-        sealed, parked = batches.get(0, (0, 0)), batches.get(1, (0, 0))
-        gone = counters["delivered"] + counters["dead_lettered"] + counters["purged"] + counters["shed"]
+        with self._reader:  # one transaction, so one instant
+            counters = dict(rows_of("SELECT name, value FROM counter"))
+            [(spooled, segments, oldest_at)] = rows_of(
+                "SELECT coalesce(sum(events), 0), count(*), min(accepted_at) FROM segment"
+            )
+            [(sealed,)] = rows_of("SELECT coalesce(sum(events), 0) FROM batch")
+            [(dead, letters, letter_bytes)] = rows_of(
+                "SELECT coalesce(sum(events), 0), count(*), coalesce(sum(bytes), 0) FROM dead_letter"
+            )
+        gone = counters["delivered"] + counters["purged"] + counters["shed"]
         return Account(
             **counters,
-            pending=spooled - sealed[0] - parked[0],
-            sealed=sealed[0],
-            parked=parked[0],
+            dead_lettered=dead,
+            pending=spooled - sealed,
+            sealed=sealed,
             segments=segments,
-            parked_batches=parked[1],
+            dead_letters=letters,
+            dead_letter_bytes=letter_bytes,
             lag_seconds=0.0 if oldest_at is None else max(0.0, self._now() - oldest_at),
             spooled=spooled,
-            is_balanced=counters["accepted"] == gone + spooled,
+            is_balanced=counters["accepted"] == gone + dead + spooled,
         )
 
     def statistics(self) -> SpoolStatistics:

@@ -6,27 +6,38 @@ done only when `transact` returns. None of them reads what a rolled-back step le
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
+from itertools import pairwise
 from typing import Any
 
 import apsw
 
 from relay.errors import SpoolUnavailable
 from relay.protocol.assemble import Piece, assemble
-from relay.protocol.codings import SegmentDeflater, crc32, inflate_segment
-from relay.protocol.cut import Cut, Limits, Pending, address, body_prefix, body_suffix, choose_cut, later_activity, take
-from relay.protocol.node_json import split_events
+from relay.protocol.cut import (
+    Cut,
+    Limits,
+    Pending,
+    address,
+    body_prefix,
+    body_suffix,
+    choose_cut,
+    halve,
+    later_activity,
+    take,
+)
 from relay.protocol.replay import Envelope
 from relay.protocol.schema import MAX_BATCH_EVENTS
+from relay.spool.dead_letters import DeadLetters
 from relay.spool.retention import Retention
-from relay.spool.values import Appended, Load, NewBatch, PendingWindow, SealedBatch
+from relay.spool.schema import free_bytes
+from relay.spool.segments import Segments
+from relay.spool.values import Appended, Load, NewBatch, PendingWindow, Recut, Refused, SealedBatch
 
 _CACHE_ENTRIES = 5_000
-"""Rows of windows and of envelopes remembered, about 500 bytes each; a miss costs a few index look-ups, 5 µs."""
+"""Rows of windows remembered, about 500 bytes each; a miss costs a few index look-ups, 5 µs."""
 
 _VACUUM_FLOOR_PAGES = 2_048
 """32 MiB of free pages are kept for the next burst before any is given back to the file system."""
@@ -34,11 +45,20 @@ _VACUUM_FLOOR_PAGES = 2_048
 _VACUUM_STEP_PAGES = 256
 """Pages given back with one commit: at most 4 MiB of copying, so no commit is held up for long."""
 
+_MAX_REFUSALS = 10
+"""Refusals of a session in a row up to which a refused segment is halved. Ten lead from a merged batch of 500 events
+down to any one of them that is bad; and where everything is bad, they are all that is spent on finding that out."""
+
 _DISK_ERRORS = (
     *(apsw.FullError, apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.NoMemError, apsw.CorruptError),
     *(apsw.NotADBError, apsw.PermissionsError, apsw.ProtocolError, apsw.BusyError),
 )
 """What is no step's fault and may pass, the last where an operator's tool has the database locked for a moment."""
+
+_SELECT = (
+    "SELECT address, events, events_bytes, envelope_id, last_activity, is_final, body_id, accepted_at FROM segment"
+)
+"""What a cut must know of a segment: the members of `Pending`, and two more."""
 
 Step = Callable[[], Any]
 
@@ -56,18 +76,19 @@ class Store:
         self._db = connection
         self._limits = limits
         self._max_keys = max_keys
-        self._deflater = SegmentDeflater()
+        self._segments = Segments(connection)
         self.retention = Retention(connection, lambda: self._windows.clear())
         """What is remembered of batches, and for how long."""
+        self.dead_letters = DeadLetters(connection, self._segments, self._count)
+        """What upstream refuses for good."""
         self._reset()
 
     def _reset(self) -> None:
         """Forget everything that a rolled-back transaction may have put into memory."""
         self._windows: OrderedDict[tuple[str, str, str], tuple[int, int, int, str]] = OrderedDict()
-        self._envelopes: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+        self._segments.reset()
+        self.dead_letters.reset()
         self._deltas: dict[str, int] = {}
-        self._next_body = 0
-        """Row of the next body; 0 where the disk has to be asked."""
 
     def _all(self, sql: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         return self._db.execute(sql, bindings).fetchall()
@@ -148,12 +169,7 @@ class Store:
 
     def free_bytes(self) -> int:
         """Return what the file system has left for us, pages waiting for re-use included."""
-        path = Path(self._db.filename)
-        if not path.parent.is_dir():
-            return 0
-        status = os.statvfs(path.parent)
-        reusable: int = self._db.pragma("freelist_count") * self._db.pragma("page_size")
-        return status.f_bavail * status.f_frsize + reusable
+        return free_bytes(self._db)
 
     # -- accepting
 
@@ -177,11 +193,11 @@ class Store:
             "INSERT INTO mark VALUES (NULL, ?, ?, ?, ?, ?, ?)",
             (session_id, batch.sequence, window_id, first_index, batch.event_count, batch.accepted_at),
         )
-        envelope_id = self._envelope_row(window_id, batch)
+        envelope_id = self._segments.keep_envelope(window_id, batch.digest, batch.envelope)
         last = len(batch.segments) - 1
         for position, segment in enumerate(batch.segments):
-            body_id = self._add_body(segment.deflated)
-            self._add_segment(
+            body_id = self._segments.add_body(segment.deflated)
+            self._segments.add(
                 window_id,
                 address(batch.sequence, first_index + segment.index),
                 segment.event_count,
@@ -191,6 +207,7 @@ class Store:
                 batch.last_activity,
                 batch.is_final and position == last,
                 batch.accepted_at,
+                None,
                 body_id,
             )
         self._count("accepted", batch.event_count)
@@ -211,7 +228,7 @@ class Store:
             key_id = self._insert("INSERT INTO key VALUES (NULL, ?)", key)
         session_id = self._one("SELECT id FROM session WHERE key_id = ? AND name = ?", (key_id, batch.session_id))
         if session_id is None:
-            session_id = self._insert("INSERT INTO session VALUES (NULL, ?, ?)", key_id, batch.session_id)
+            session_id = self._insert("INSERT INTO session VALUES (NULL, ?, ?, 0)", key_id, batch.session_id)
         window_id = self._one("SELECT id FROM window WHERE session_id = ? AND name = ?", (session_id, batch.window_id))
         if window_id is None:
             window_id = self._insert("INSERT INTO window VALUES (NULL, ?, ?)", session_id, batch.window_id)
@@ -228,33 +245,9 @@ class Store:
                 return key
         return batch.key
 
-    def _envelope_row(self, window_id: int, batch: NewBatch) -> int:
-        identity = (window_id, batch.digest)
-        envelope_id = self._envelopes.get(identity)
-        if envelope_id is not None:
-            return envelope_id
-        envelope_id = self._one("SELECT id FROM envelope WHERE window_id = ? AND digest = ?", identity)
-        if envelope_id is None:
-            envelope_id = self._insert(
-                "INSERT INTO envelope VALUES (NULL, ?, ?, ?, ?)", *identity, batch.envelope.head, batch.envelope.tail
-            )
-        self._envelopes[identity] = envelope_id
-        if len(self._envelopes) > _CACHE_ENTRIES:
-            self._envelopes.popitem(last=False)
-        return envelope_id
-
     def _insert(self, sql: str, *bindings: Any) -> int:
         self._db.execute(sql, bindings)
         return int(self._db.last_insert_rowid())
-
-    def _add_body(self, deflated: bytes) -> int:
-        body_id: int = self._next_body or self._one("SELECT coalesce(max(id), 0) + 1 FROM body")
-        self._next_body = body_id + 1
-        self._db.execute("INSERT INTO body VALUES (?, ?)", (body_id, deflated))
-        return body_id
-
-    def _add_segment(self, *columns: Any) -> None:
-        self._db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, NULL, ?)", columns)
 
     # -- cutting and sending
 
@@ -273,15 +266,14 @@ class Store:
             (window_id,),
         )
         rows = self._all(
-            "SELECT address, events, events_bytes, envelope_id, last_activity, is_final, crc, body_id, accepted_at"
-            " FROM segment WHERE window_id = ? AND batch_id IS NULL ORDER BY address LIMIT ?",
+            f"{_SELECT} WHERE window_id = ? AND batch_id IS NULL ORDER BY address LIMIT ?",
             (window_id, self._limits.max_events + 1),
         )
         if not rows:
             return None
         pending = [Pending(*row[:6]) for row in rows]
         for first in range(len(rows)):
-            envelope = self._envelope(pending[first].envelope_id)
+            envelope = self._segments.envelope(pending[first].envelope_id)
             choice, is_final = self._choose(session_id, window_id, pending[first:], envelope)
             if choice.whole or choice.split_events:
                 break
@@ -291,27 +283,39 @@ class Store:
         end = first + choice.whole
         chosen = rows[first:end]
         if choice.split_events:
-            part = self._split(window_id, rows[end], choice, envelope)
+            part = self._split(window_id, rows[end], choice)
             if part is not None:
                 chosen.append(part)
         left = rows[:first] or rows[end:]
+        batch_id = self._add_batch(session_id, window_id, chosen, now, is_final=is_final)
+        self._record_attempt(key_id, now)
+        next_is_closed = any(row[3] != left[0][3] for row in left)
+        return self._load(batch_id, left[0][7] if left else None, next_is_closed=next_is_closed)
+
+    def _add_batch(
+        self,
+        session_id: int,
+        window_id: int,
+        chosen: Sequence[tuple[Any, ...]],
+        now: float,
+        *,
+        is_final: bool,
+        of_batch: int | None = None,
+    ) -> int:
+        """Record a cut of segments (`_SELECT`) that are unsealed, or all `of_batch`, and return its row."""
         last_activity = b""
         for row in chosen:
             last_activity = later_activity(last_activity, row[4])
-        sequence, last_address = chosen[0][0], chosen[-1][0]
-        events = sum(row[1] for row in chosen)
+        place = (window_id, chosen[0][0], chosen[-1][0])
         batch_id = self._insert(
-            "INSERT INTO batch VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)",
-            *(session_id, window_id, sequence, last_address, pending[first].envelope_id),
-            *(last_activity, is_final, events, now),
+            "INSERT INTO batch VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            *(session_id, *place, chosen[0][3], last_activity, is_final, sum(row[1] for row in chosen), now),
         )
         self._db.execute(
-            "UPDATE segment SET batch_id = ? WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id IS NULL",
-            (batch_id, window_id, sequence, last_address),
+            "UPDATE segment SET batch_id = ? WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id IS ?",
+            (batch_id, *place, of_batch),
         )
-        self._record_attempt(key_id, now)
-        next_is_closed = any(row[3] != left[0][3] for row in left)
-        return self._load(batch_id, left[0][8] if left else None, next_is_closed=next_is_closed)
+        return batch_id
 
     def _choose(self, session_id: int, window_id: int, pending: list[Pending], envelope: Envelope) -> tuple[Cut, bool]:
         """Choose the cut, and whether it is sent as the final of its session.
@@ -338,31 +342,17 @@ class Store:
             return choice, False
         return choose_cut(pending, envelope, self._limits, allow_final=False), False
 
-    def _split(self, window_id: int, row: tuple[Any, ...], choice: Cut, envelope: Envelope) -> tuple[Any, ...] | None:
+    def _split(self, window_id: int, row: tuple[Any, ...], choice: Cut) -> tuple[Any, ...] | None:
         """Split a pending segment at an event boundary; returns its first part's row, None where no event fits."""
-        start, count, events_bytes, envelope_id, last_activity, is_final, _, body_id, accepted_at = row
-        run = inflate_segment(self._one("SELECT deflated FROM body WHERE id = ?", (body_id,)), events_bytes)
-        events = split_events(run)
+        start, count, events_bytes, *_ = row
+        events = self._segments.events(row[6], events_bytes)
         taken = take(events, 0, choice.split_events, choice.split_bytes)
         if taken == 0 and choice.whole:
             return None
         # Never all of it, though the blanks between events that are dropped here could make it fit: the cut went by the
         # stored size, and by that decided whether this ends the session.
-        taken = min(max(taken, 1), count - 1)
-        self._db.execute("DELETE FROM segment WHERE window_id = ? AND address = ?", (window_id, start))
-        self._db.execute("DELETE FROM body WHERE id = ?", (body_id,))
-        parts = []
-        for first, part in ((0, events[:taken]), (taken, events[taken:])):
-            part_run = b",".join(part)
-            ends = bool(is_final) and first > 0
-            columns = (start + first, len(part), len(part_run), crc32(part_run), envelope_id, last_activity)
-            part_body = self._add_body(self._deflater.deflate(part_run))
-            self._add_segment(window_id, *columns, ends, accepted_at, part_body)
-            parts.append((*columns[:3], envelope_id, last_activity, ends, columns[3], part_body, accepted_at))
-        return parts[0]
-
-    def _envelope(self, envelope_id: int) -> Envelope:
-        return Envelope(*self._row("SELECT head, tail FROM envelope WHERE id = ?", (envelope_id,)))
+        self._segments.divide(window_id, start, events, min(max(taken, 1), count - 1))
+        return self._row(f"{_SELECT} WHERE window_id = ? AND address = ?", (window_id, start))
 
     def load(self, batch_id: int, now: float) -> Load:
         """Return a sealed batch to be sent again, and record the attempt."""
@@ -380,7 +370,7 @@ class Store:
                 (sealed.window_id, batch_id),
             )
         ]
-        prefix = body_prefix(self._envelope(envelope_id), last_activity, sealed.sequence)
+        prefix = body_prefix(self._segments.envelope(envelope_id), last_activity, sealed.sequence)
         body = assemble(prefix, pieces, body_suffix(is_final=sealed.is_final))
         return Load(sealed, body, next_oldest_at, next_is_closed)
 
@@ -413,20 +403,69 @@ class Store:
         )
         self._db.execute("DELETE FROM segment WHERE window_id = ? AND batch_id = ?", mine)
         self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
+        self._db.execute("UPDATE session SET refusals = 0 WHERE id = ? AND refusals", (sealed.session_id,))
         self._count("delivered", sealed.event_count)
-        self._drop_envelope(sealed.window_id, envelope_id)
+        self._segments.drop_envelope(sealed.window_id, envelope_id)
 
-    def _drop_envelope(self, window_id: int, envelope_id: int) -> None:
-        in_use = self._one(
-            "SELECT 1 FROM segment WHERE window_id = ? AND envelope_id = ? LIMIT 1", (window_id, envelope_id)
+    # -- what upstream refuses
+
+    def refuse(self, batch_id: int, cut: Recut, status: int, answer: str, now: float, max_dead_bytes: int) -> Refused:
+        """Cut a batch that upstream refuses into smaller ones, or make a dead letter of it where that helps no more.
+
+        Nothing of the batch was stored upstream, so its number is free: the first part bears it again, and each other
+        the address of its own first event.
+
+        Args:
+            batch_id: Row of the batch.
+            cut: `alone`: each segment by itself, then halves. `halves`: halves, down to a single event.
+            status: Upstream's.
+            answer: The beginning of what upstream said.
+            now: Wall clock.
+            max_dead_bytes: What dead letters may take; the oldest are shed.
+        """
+        sealed, _, _ = self._sealed(batch_id)
+        if cut == "alone":
+            self._db.execute("UPDATE session SET refusals = refusals + 1 WHERE id = ?", (sealed.session_id,))
+        ends = self._recut(sealed, cut)
+        if not ends:
+            self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
+            self.dead_letters.bury(sealed.window_id, sealed.sequence, status, answer, now)
+            return Refused((), sealed.event_count, self.dead_letters.shed(max_dead_bytes))
+        rows = self._segments_of(sealed)
+        parts = [
+            self._add_batch(
+                sealed.session_id,
+                sealed.window_id,
+                rows[start:end],
+                now,
+                is_final=sealed.is_final and end == len(rows),
+                of_batch=batch_id,
+            )
+            for start, end in pairwise((0, *ends))
+        ]
+        self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
+        return Refused(tuple(parts))
+
+    def _recut(self, sealed: SealedBatch, cut: Recut) -> list[int]:
+        """Divide the segment of a batch that has only one, where that may help; returns where parts end, or nothing."""
+        rows = self._segments_of(sealed)
+        if len(rows) > 1:
+            return list(range(1, len(rows) + 1)) if cut == "alone" else [halve([row[2] for row in rows]), len(rows)]
+        start, count, events_bytes, _, _, _, body_id, _ = rows[0]
+        refusals = self._one("SELECT refusals FROM session WHERE id = ?", (sealed.session_id,))
+        if count == 1 or (cut == "alone" and refusals > _MAX_REFUSALS):
+            return []
+        events = self._segments.events(body_id, events_bytes)
+        taken = count // 2 if cut == "alone" else halve([len(event) for event in events])
+        self._segments.divide(sealed.window_id, start, events, taken)
+        return [1, 2]
+
+    def _segments_of(self, sealed: SealedBatch) -> list[tuple[Any, ...]]:
+        """Return the segments of a batch in order."""
+        return self._all(
+            f"{_SELECT} WHERE window_id = ? AND address >= ? AND batch_id = ? ORDER BY address",
+            (sealed.window_id, sealed.sequence, sealed.batch_id),
         )
-        if in_use is None:
-            digest = self._one("DELETE FROM envelope WHERE id = ? RETURNING digest", (envelope_id,))
-            self._envelopes.pop((window_id, digest), None)
-
-    def park(self, batch_id: int, reason: str) -> None:
-        """Leave a sealed batch in the spool, not to be sent as it is."""
-        self._db.execute("UPDATE batch SET parked = ? WHERE id = ?", (reason, batch_id))
 
     # -- starting, and keeping house
 
@@ -449,8 +488,8 @@ class Store:
         return [PendingWindow(*row) for row in rows]
 
     def sealed_batches(self) -> list[SealedBatch]:
-        """Return the batches that were sealed and neither settled nor parked."""
-        rows = self._all("SELECT id FROM batch WHERE parked IS NULL ORDER BY id")
+        """Return the batches that were sealed and not settled; those of one session in the order of sending."""
+        rows = self._all("SELECT id FROM batch ORDER BY session_id, address")
         return [self._sealed(batch_id)[0] for (batch_id,) in rows]
 
     def try_disk(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -128,6 +128,61 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     """Whether another envelope comes behind the first run of that."""
 
 
+Recut: TypeAlias = Literal["alone", "halves"]
+"""How a refused batch is cut into smaller ones: one bad event is looked for, or a size that upstream takes."""
+
+
+class Moved(msgspec.Struct, frozen=True):
+    """What became of dead letters."""
+
+    letters: int = 0
+    """Dead letters dropped, or made pending again."""
+    events: int = 0
+    """Events in them."""
+    pending: tuple[PendingWindow, ...] = ()
+    """What of them is pending again."""
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """What became of a batch that upstream refused."""
+
+    parts: tuple[int, ...]
+    """The batches that it was cut into, in the order of sending; none where it is a dead letter now."""
+    dead_events: int = 0
+    """Events of the dead letter."""
+    shed: Moved = Moved()
+    """Older dead letters that had to make room."""
+
+
+class DeadLetter(msgspec.Struct, frozen=True):
+    """What there is to say of a dead letter."""
+
+    id: int
+    """By which an operator names it."""
+    key: str
+    """Fingerprint of the client's key."""
+    session: str
+    """`session.id`."""
+    window: str
+    """`session.windowId`."""
+    sequence: int
+    """The address it bore upstream."""
+    is_final: bool
+    """Whether it ends its session."""
+    events: int
+    """At least 1."""
+    bytes: int
+    """On disk, about."""
+    status: int
+    """Upstream's."""
+    answer: str
+    """The beginning of what upstream said."""
+    accepted_at: float
+    """Wall clock of its acceptance."""
+    died_at: float
+    """Wall clock of upstream's last refusal."""
+
+
 class Recent(msgspec.Struct, frozen=True, gc=False):
     """A send that a restart must still count against a key's budget."""
 
@@ -144,24 +199,24 @@ class Account(msgspec.Struct, frozen=True):
     delivered: int
     """Taken by upstream."""
     dead_lettered: int
-    """Refused by upstream for good and kept aside."""
+    """Refused by upstream for good and kept aside, as counted on the disk."""
     purged: int
     """Removed by an operator."""
     shed: int
-    """Dropped by an overflow policy."""
+    """Dead letters dropped beyond `spool.dead_letter_max_bytes`."""
     pending: int
     """Spooled, in no sealed batch."""
     sealed: int
     """Spooled, in a sealed batch on its way."""
-    parked: int
-    """Spooled, in a sealed batch that upstream refused as it is."""
     segments: int
     """Segments of all spooled events."""
-    parked_batches: int
-    """Batches of `parked`."""
+    dead_letters: int
+    """Dead letters that hold the `dead_lettered` events."""
+    dead_letter_bytes: int
+    """What they take of the disk, about."""
     lag_seconds: float
     """Age of the oldest spooled event; 0 where nothing is spooled."""
     spooled: int
-    """`pending`, `sealed` and `parked` together, as counted on the disk."""
+    """`pending` and `sealed` together, as counted on the disk."""
     is_balanced: bool
     """Whether law 2 holds: accepted = delivered + spooled + dead_lettered + purged + shed."""

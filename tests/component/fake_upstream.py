@@ -88,6 +88,8 @@ class FakeUpstream:
             reply = await self.answer(arrival)
             if reply.status // 100 == 2:
                 self.store(arrival)
+            elif reply.status in {400, 413, 422}:  # nothing is stored, so the number is free for a part of the batch
+                del self._bodies[(*session, batch.sequence)]
             return reply
         finally:
             self.in_flight -= 1
@@ -165,18 +167,27 @@ def make_config(
 
 @asynccontextmanager
 async def forwarding(
-    directory: Path, upstream: FakeUpstream, config: Config | None = None, *, seed: int = 1, run: Run = run_inline
+    directory: Path,
+    upstream: FakeUpstream,
+    config: Config | None = None,
+    *,
+    seed: int = 1,
+    run: Run = run_inline,
+    **spool: Any,
 ) -> AsyncIterator[Forwarding]:
-    """Run a forwarder; on exit stop it, and check the account and upstream's complaints."""
+    """Run a forwarder; on exit stop it, and check the account and upstream's complaints.
+
+    `spool` are options of that section.
+    """
     config = config or make_config()
     limits = Limits(config.batch.max_events, config.batch.max_bytes)
     clocks = Clocks(trio.current_time, wall_clock, Random(seed).random)
-    async with opened_spool(directory, limits=limits, run=run) as spool:
-        forwarder = Forwarder(config, spool, upstream, clocks)
-        it = Forwarding(spool, forwarder, upstream)
+    async with opened_spool(directory, limits=limits, run=run, **spool) as opened:
+        forwarder = Forwarder(config, opened, upstream, clocks)
+        it = Forwarding(opened, forwarder, upstream)
         async with trio.open_nursery() as nursery:
             await nursery.start(forwarder.run)
             yield it
             forwarder.stop()
-        assert_accounted(await spool.account())
+        assert_accounted(await opened.account())
     assert upstream.complaints == []

@@ -150,10 +150,10 @@ class RefusingDisk:
         return run
 
 
-@pytest.mark.parametrize("step", ["seal", "load", "settle", "park"])
+@pytest.mark.parametrize("step", ["seal", "load", "settle", "refuse"])
 async def test_disk_that_refuses_a_step_delays_it(tmp_path: Path, autojump_clock: MockClock, step: str) -> None:
     """A step that the disk refuses is asked for again; an outcome is recorded without sending again."""
-    answers = {"load": [503], "park": [400]}.get(step, [])
+    answers = {"load": [503], "refuse": [400]}.get(step, [])
 
     async def answer(arrival: Arrival) -> Reply:
         return Reply(answers.pop(0), {}, b"") if answers else OK
@@ -164,7 +164,6 @@ async def test_disk_that_refuses_a_step_delays_it(tmp_path: Path, autojump_clock
         await it.accept("s", "w", 0, events=[make_event(str(number)) for number in range(500)])
         await trio.sleep(60)
         assert disk.failures == {step: 0}
-        assert len(upstream.arrivals) == (2 if step == "load" else 1)
-        expected = {"parked": 500} if step == "park" else {"delivered": 500}
-        assert_accounted(await it.spool.account(), accepted=500, **expected)
+        assert len(upstream.arrivals) == {"load": 2, "refuse": 3}.get(step, 1)
+        assert_accounted(await it.spool.account(), accepted=500, delivered=500)
         assert it.forwarder.statistics().attempt_errors == 0

@@ -81,15 +81,14 @@ def test_of_two_finals_the_last_ends_the_session(tmp_path: Path) -> None:
         assert seal_all(store, second) == [(16_384, True, 1)]
 
 
-def test_final_waits_for_a_parked_batch(tmp_path: Path) -> None:
-    """What upstream refused and nobody has decided about holds the session's final back."""
+def test_final_waits_for_no_dead_letter(tmp_path: Path) -> None:
+    """What upstream refuses for good does not keep the session from ending."""
     with opened(tmp_path) as store:
         window = append(store, make_body(sequence=0)).window_id
-        parked = do(store, lambda: store.seal(window, 0.0)).batch
-        do(store, lambda: store.park(parked.batch_id, "400"))
+        refused = do(store, lambda: store.seal(window, 0.0)).batch
         append(store, make_body(sequence=1, flush="final"))
-        assert seal_all(store, window) == []
-        do(store, lambda: store.settle(parked.batch_id))
+        assert do(store, lambda: store.seal(window, 0.0)) is None
+        assert do(store, lambda: store.refuse(refused.batch_id, "alone", 400, "", 0.0, 1 << 20)).parts == ()
         assert seal_all(store, window) == [(16_384, True, 1)]
 
 

@@ -18,9 +18,10 @@ from relay.protocol.cut import Limits
 from relay.spool import schema
 from relay.spool.spool import Spool, run_in_threads
 from relay.spool.store import Store
-from relay.spool.values import Appended, Load, NewBatch
+from relay.spool.values import Appended, Load, NewBatch, Recut, Refused
 from tests.accounting import assert_accounted
 from tests.component.batches import make_batch, make_body, make_event, read_upstream
+from tests.component.orphans import HOLDER, ORPHANS
 
 LIMITS = Limits(max_events=7, max_bytes=1_500)
 """Small, so that a few events overflow a batch; an envelope takes about 250 bytes of it."""
@@ -49,8 +50,8 @@ class Sent(msgspec.Struct):
 
     place: Place
     addresses: list[int]
+    events: list[Known]
     body: bytes
-    parked: bool = False
 
 
 class Crash(BaseException):
@@ -58,7 +59,7 @@ class Crash(BaseException):
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Actions on the store; the model is `pending`, `sealed`, `delivered` and `marks`."""
+    """Actions on the store; the model is `pending`, `sealed`, `dead`, `marks` and the counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,9 +67,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.generation = 0
         self.now = 1_000.0
         self.names = 0
-        self.accepted = self.delivered = 0
+        self.accepted = self.delivered = self.purged = self.shed = 0
         self.pending: dict[Place, dict[int, Known]] = {}
         self.sealed: dict[int, Sent] = {}
+        self.dead: dict[int, Sent] = {}
+        self.refusals: dict[tuple[str, str], int] = {}
         self.upstream: dict[tuple[str, str], set[int]] = {}
         self.marks: dict[tuple[str, str, int], dict[str, tuple[int, int, float]]] = {}
         self.rows: dict[Place, tuple[int, int, int]] = {}
@@ -89,6 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Open what the disk holds, as a start does."""
         path = self.directory / schema.DATABASE_NAME
         self.db = schema.open_database(path, "os")
+        self.db.execute(HOLDER)
         self.store = Store(self.db, LIMITS, max_keys=2)
         self.reader = schema.open_reader(path)
         settings = SpoolSettings(directory=str(self.directory))
@@ -190,19 +194,55 @@ class StoreMachine(RuleBasedStateMachine):
         [load] = self.store.transact([lambda: self.store.load(batch_id, self.tick())])
         assert load.body == self.sealed[batch_id].body
 
-    @precondition(lambda self: any(not sent.parked for sent in self.sealed.values()))
+    @precondition(lambda self: self.sealed)
     @rule(data=st.data())
     def settle(self, data: st.DataObject) -> None:
         """Upstream has taken a batch."""
-        self.settle_batch(data.draw(st.sampled_from(sorted(self.on_their_way()))))
+        self.settle_batch(data.draw(st.sampled_from(sorted(self.sealed))))
 
-    @precondition(lambda self: any(not sent.parked for sent in self.sealed.values()))
-    @rule(data=st.data())
-    def park(self, data: st.DataObject) -> None:
+    @precondition(lambda self: self.sealed)
+    @rule(
+        data=st.data(), cut=st.sampled_from(["alone", "alone", "halves"]), room=st.sampled_from([1 << 20, 1 << 20, 900])
+    )
+    def refuse(self, data: st.DataObject, cut: Recut, room: int) -> None:
         """Upstream refuses a batch as it is."""
-        batch_id = data.draw(st.sampled_from(sorted(self.on_their_way())))
-        self.store.transact([lambda: self.store.park(batch_id, "400")])
-        self.sealed[batch_id].parked = True
+        self.refuse_batch(data.draw(st.sampled_from(sorted(self.sealed))), cut, room)
+
+    @precondition(lambda self: self.sealed)
+    @rule(data=st.data(), cut=st.sampled_from(["alone", "halves"]))
+    def refuse_to_the_end(self, data: st.DataObject, cut: Recut) -> None:
+        """Upstream refuses a batch, and everything that it is cut into."""
+        left = [data.draw(st.sampled_from(sorted(self.sealed)))]
+        while left:
+            left += self.refuse_batch(left.pop(), cut, 1 << 20)
+
+    letters = st.sets(st.integers(1, 60))
+
+    @precondition(lambda self: self.dead)
+    @rule(ids=letters)
+    def resend(self, ids: set[int]) -> None:
+        """An operator sends dead letters again, and names some that are none."""
+        [moved] = self.store.transact([lambda: self.store.dead_letters.resend(sorted(ids))])
+        again = [self.dead.pop(letter_id) for letter_id in sorted(ids & set(self.dead))]
+        for sent in again:
+            self.pending.setdefault(sent.place, {}).update(zip(sent.addresses, sent.events, strict=True))
+            self.upstream[sent.place[:2]].difference_update(sent.addresses)
+            self.refusals[sent.place[:2]] = 0
+        assert (moved.letters, moved.events) == (len(again), sum(len(sent.addresses) for sent in again))
+        assert {(window.key, window.window_id) for window in moved.pending} == {
+            (sent.place[0], self.rows[sent.place][2]) for sent in again
+        }
+        assert sum(window.events for window in moved.pending) == moved.events
+        assert sum(window.finals for window in moved.pending) == sum(sent.events[-1].ends_session for sent in again)
+
+    @precondition(lambda self: self.dead)
+    @rule(ids=letters)
+    def purge(self, ids: set[int]) -> None:
+        """An operator drops dead letters."""
+        [moved] = self.store.transact([lambda: self.store.dead_letters.purge(sorted(ids))])
+        gone = [len(self.dead.pop(letter_id).addresses) for letter_id in ids & set(self.dead)]
+        assert (moved.letters, moved.events) == (len(gone), sum(gone))
+        self.purged += moved.events
 
     @rule(age=st.integers(0, 40), max_marks=st.sampled_from([1_000, 1_000, 5]))
     def prune(self, age: int, max_marks: int) -> None:
@@ -213,7 +253,7 @@ class StoreMachine(RuleBasedStateMachine):
             row[0] for row in self.db.execute("SELECT accepted_at FROM mark WHERE id <= ?", (newest - max_marks,))
         }
         busy = {place[:2] for place, events in self.pending.items() if events}
-        busy |= {sent.place[:2] for sent in self.sealed.values()}
+        busy |= {sent.place[:2] for sent in (*self.sealed.values(), *self.dead.values())}
         live = {identity[:2] for identity, marks in self.marks.items() for _, _, at in marks.values() if at >= before}
         forgotten = 0
         for identity, marks in self.marks.items():
@@ -232,6 +272,10 @@ class StoreMachine(RuleBasedStateMachine):
     def crash(self) -> None:
         """The process dies between groups: what a copy of the files holds is what the next start finds."""
         self.reopen_a_copy()
+        left = [batch.batch_id for batch in self.store.sealed_batches()]
+        assert left == sorted(
+            self.sealed, key=lambda each: (self.rows[self.sealed[each].place][1], self.sealed[each].addresses)
+        )
         for batch_id, sent in self.sealed.items():
             [load] = self.store.transact([lambda batch_id=batch_id: self.store.load(batch_id, self.now)])  # type: ignore[misc]
             assert load.body == sent.body
@@ -241,7 +285,7 @@ class StoreMachine(RuleBasedStateMachine):
         """The process dies within a group: nothing of it is stored."""
         batch, _ = self.prepare(drawn)
         sealable = [self.rows[place][2] for place, events in self.pending.items() if events]
-        travelling = self.on_their_way()
+        travelling = list(self.sealed)
 
         def die() -> None:
             raise Crash
@@ -249,6 +293,8 @@ class StoreMachine(RuleBasedStateMachine):
         steps: list[Callable[[], Any]] = [lambda: self.store.append(batch)]
         steps += [lambda: self.store.seal(sealable[0], self.now)] if sealable else []
         steps += [lambda: self.store.settle(travelling[0])] if travelling else []
+        steps += [lambda: self.store.refuse(travelling[-1], "alone", 400, "", self.now, 0)] if travelling[1:] else []
+        steps += [lambda: self.store.dead_letters.resend(list(self.dead))]
         try:
             self.store.transact([*steps, die])
         except Crash:
@@ -273,10 +319,6 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(old)
 
     # -- what sealing and settling mean
-
-    def on_their_way(self) -> list[int]:
-        """Return sealed batches that are not parked."""
-        return [batch_id for batch_id, sent in self.sealed.items() if not sent.parked]
 
     def left_of(self, key: str, session: str) -> int:
         """Return the session's accepted events that are not upstream."""
@@ -340,13 +382,53 @@ class StoreMachine(RuleBasedStateMachine):
         sealed = load.batch
         assert (sealed.event_count, sealed.is_final, sealed.sequence) == (len(events), sent.is_final, addresses[0])
         assert (load.next_oldest_at is None) == (not window)
-        self.sealed[sealed.batch_id] = Sent(place, addresses, load.body)
+        self.sealed[sealed.batch_id] = Sent(place, addresses, events, load.body)
         return True
+
+    def refuse_batch(self, batch_id: int, cut: Recut, room: int) -> tuple[int, ...]:
+        """Refuse a batch, and hold what it is cut into against the model; returns that."""
+        sent = self.sealed.pop(batch_id)
+        session = sent.place[:2]
+        segments = self.db.execute("SELECT count(*) FROM segment WHERE batch_id = ?", (batch_id,)).get
+        if cut == "alone":
+            self.refusals[session] = self.refusals.get(session, 0) + 1
+        [refused] = self.store.transact([lambda: self.store.refuse(batch_id, cut, 400, "no", self.tick(), room)])
+        assert isinstance(refused, Refused), refused
+        if not refused.parts:
+            gives_up = cut == "alone" and segments == 1 and self.refusals[session] > 10
+            assert len(sent.addresses) == 1 or gives_up, "an event became a dead letter though others might be to blame"
+            assert refused.dead_events == len(sent.addresses)
+            self.dead[self.db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead_letter'").get] = sent
+            kept = {letter_id for (letter_id,) in self.db.execute("SELECT id FROM dead_letter")}
+            gone = sorted(set(self.dead) - kept)
+            assert gone == sorted(self.dead)[: len(gone)], "others than the oldest were shed"
+            assert refused.shed.letters == len(gone)
+            self.shed += sum(len(self.dead.pop(letter_id).addresses) for letter_id in gone)
+            assert (self.db.execute("SELECT sum(bytes) FROM dead_letter").get or 0) <= room
+            return ()
+        assert len(refused.parts) == (2 if segments == 1 or cut == "halves" else segments)
+        addresses: list[int] = []
+        for part_id in refused.parts:
+            [load] = self.store.transact([lambda part_id=part_id: self.store.load(part_id, self.tick())])  # type: ignore[misc]
+            part = read_upstream(load.body)
+            first, end = len(addresses), len(addresses) + len(part.events)
+            addresses += sent.addresses[first:end]
+            events = sent.events[first:end]
+            assert list(part.events) == [event.text for event in events]
+            assert part.sequence == sent.addresses[first]
+            assert part.envelope == read_upstream(sent.body).envelope
+            assert part.last_activity == max(event.last_activity for event in events)
+            assert part.is_final == (read_upstream(sent.body).is_final and part_id == refused.parts[-1])
+            self.sealed[part_id] = Sent(sent.place, sent.addresses[first:end], events, load.body)
+        assert addresses == sent.addresses
+        return refused.parts
 
     def settle_batch(self, batch_id: int) -> None:
         """Settle, in the store and in the model."""
         assert self.store.transact([lambda: self.store.settle(batch_id)]) == [None]
-        self.delivered += len(self.sealed.pop(batch_id).addresses)
+        sent = self.sealed.pop(batch_id)
+        self.delivered += len(sent.addresses)
+        self.refusals[sent.place[:2]] = 0
 
     # -- what always holds
 
@@ -355,15 +437,16 @@ class StoreMachine(RuleBasedStateMachine):
         """The account is balanced, and is the model's."""
         if not self.generation and not hasattr(self, "store"):
             return
-        parked = sum(len(sent.addresses) for sent in self.sealed.values() if sent.parked)
-        sealed = sum(len(sent.addresses) for sent in self.sealed.values()) - parked
         assert_accounted(
             self.spool._read_account(),
             accepted=self.accepted,
             delivered=self.delivered,
+            dead_lettered=sum(len(sent.addresses) for sent in self.dead.values()),
+            dead_letters=len(self.dead),
+            purged=self.purged,
+            shed=self.shed,
             pending=sum(map(len, self.pending.values())),
-            sealed=sealed,
-            parked=parked,
+            sealed=sum(len(sent.addresses) for sent in self.sealed.values()),
         )
 
     @invariant()
@@ -371,52 +454,41 @@ class StoreMachine(RuleBasedStateMachine):
         """Every row is there for another, and every event is in one row."""
         if not hasattr(self, "store"):
             return
-        for sql in (
-            "SELECT id FROM body WHERE id NOT IN (SELECT body_id FROM segment)",
-            "SELECT body_id FROM segment GROUP BY body_id HAVING count(*) > 1",
-            "SELECT body_id FROM segment WHERE body_id NOT IN (SELECT id FROM body)",
-            "SELECT id FROM envelope WHERE id NOT IN (SELECT envelope_id FROM segment)",
-            "SELECT envelope_id FROM segment WHERE envelope_id NOT IN (SELECT id FROM envelope)",
-            "SELECT batch_id FROM segment WHERE batch_id IS NOT NULL AND batch_id NOT IN (SELECT id FROM batch)",
-            "SELECT id FROM batch WHERE events != (SELECT sum(events) FROM segment WHERE batch_id = batch.id)",
-            "SELECT window_id FROM segment WHERE window_id NOT IN (SELECT id FROM window)",
-            "SELECT id FROM window WHERE session_id NOT IN (SELECT id FROM session)",
-            "SELECT id FROM session WHERE id NOT IN (SELECT session_id FROM mark)",
-            "SELECT id FROM key WHERE id NOT IN (SELECT key_id FROM session)",
-            "SELECT session_id FROM mark WHERE session_id NOT IN (SELECT id FROM session)",
-        ):
+        for sql in ORPHANS:
             assert self.db.execute(sql).fetchall() == [], sql
         held = [
             (window_id, address)
-            for window_id, first, events in self.db.execute("SELECT window_id, address, events FROM segment")
+            for window_id, first, events in self.db.execute("SELECT window_id, address, events FROM holder")
             for address in range(first, first + events)
         ]
         expected = {(self.rows[place][2], address) for place, events in self.pending.items() for address in events}
-        expected |= {(self.rows[s.place][2], address) for s in self.sealed.values() for address in s.addresses}
+        batches = (*self.sealed.values(), *self.dead.values())
+        expected |= {(self.rows[sent.place][2], address) for sent in batches for address in sent.addresses}
         assert len(held) == len(set(held))
         assert set(held) == expected
 
     def teardown(self) -> None:
-        """Whatever happened, all of it can be delivered, but for finals that wait for a parked batch."""
+        """Whatever happened, all of it can be delivered, dead letters too once they are sent again."""
         try:
             if hasattr(self, "store"):
                 self.drain()
+                self.resend(set(self.dead))
+                self.drain()
+                assert self.delivered + self.purged + self.shed == self.accepted
                 self.close()
         finally:
             self.root.cleanup()
 
     def drain(self) -> None:
-        """Settle and seal until nothing moves."""
+        """Settle and seal until nothing moves, which is when nothing is left."""
         moved = True
         while moved:
             moved = False
-            for batch_id in self.on_their_way():
+            for batch_id in list(self.sealed):
                 self.settle_batch(batch_id)
             for place in [place for place, events in self.pending.items() if events]:
                 moved = self.seal_place(place) or moved
-        stuck = {sent.place[:2] for sent in self.sealed.values()}
-        for place, events in self.pending.items():
-            assert not events or (place[:2] in stuck and events[min(events)].of_final)
+        assert not any(self.pending.values())
         self.is_accounted()
 
 

@@ -52,7 +52,7 @@ def test_probes_go_one_at_a_time() -> None:
 
 
 def test_a_probe_that_succeeds_closes_it() -> None:
-    """Then everything may go at once, and the row is forgotten."""
+    """Then sends may begin again, and the row is forgotten."""
     breaker = opened()
     breaker.begin()
     breaker.succeed()
@@ -114,8 +114,50 @@ def test_a_failing_probe_of_a_tripped_breaker_moves_the_next() -> None:
     assert breaker.ready_at() == 65.0
 
 
+def test_it_returns_gently() -> None:
+    """After the probe two may be in flight, and one more with each success, until there is no bound."""
+    breaker = opened()
+    breaker.begin()
+    allowed = []
+    for _ in range(8):
+        breaker.succeed()
+        breaker.end()
+        begun = 0
+        while breaker.ready_at() == -inf and begun < 100:
+            breaker.begin()
+            begun += 1
+        allowed.append(begun)
+        for _ in range(begun - 1):
+            breaker.end()
+    assert allowed == [2, 3, 4, 5, 6, 7, 100, 100]
+
+
+def test_a_failure_while_it_returns_opens_it() -> None:
+    """Who has only just come back is left alone at the first sign of trouble."""
+    breaker = opened(50)
+    breaker.begin()
+    breaker.succeed()
+    breaker.end()
+    breaker.begin()
+    breaker.fail(20.0, 5.0)
+    breaker.end()
+    assert (breaker.is_open, breaker.ready_at()) == (True, 25.0)
+
+
+def test_a_probe_can_be_hurried() -> None:
+    """An operator need not wait for it; a closed breaker has none to hurry."""
+    breaker = opened()
+    breaker.hurry(3.0)
+    assert breaker.ready_at() == 3.0
+    breaker.begin()
+    breaker.succeed()
+    breaker.end()
+    breaker.hurry(4.0)
+    assert breaker.ready_at() == -inf
+
+
 class BreakerMachine(RuleBasedStateMachine):
-    """Against a list of outcomes: open just after enough failures in a row, and then one at a time."""
+    """Against a list of outcomes: open just after enough failures in a row, then one at a time, then gently more."""
 
     @initialize(max_failures=st.integers(1, 4))
     def make(self, max_failures: int) -> None:
@@ -159,14 +201,23 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        """Open and ready as the outcomes since the last success say."""
-        row = self.outcomes[max((at + 1 for at, found in enumerate(self.outcomes) if found == "success"), default=0) :]
-        is_open = len(row) >= self.max_failures or "trip" in row
-        assert (self.breaker.is_open, self.breaker.failures) == (is_open, len(row))
-        if not is_open:
-            assert self.breaker.ready_at() == -inf
-        else:
+        """Open and ready as the outcomes say."""
+        row = 0
+        is_open = False
+        allowed: float = inf
+        for outcome in self.outcomes:
+            if outcome == "success":
+                allowed = 2 if is_open else allowed + 1
+                allowed = inf if allowed >= 8 else allowed
+                row, is_open = 0, False
+            else:
+                row += 1
+                is_open = is_open or outcome == "trip" or allowed < inf or row >= self.max_failures
+        assert (self.breaker.is_open, self.breaker.failures) == (is_open, row)
+        if is_open:
             assert self.breaker.ready_at() == (inf if self.in_flight else self.probe_at)
+        else:
+            assert self.breaker.ready_at() == (-inf if self.in_flight < allowed else inf)
 
 
 TestBreaker = BreakerMachine.TestCase
