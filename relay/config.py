@@ -286,12 +286,12 @@ class Budget(Section, frozen=True):
     """Requests a key may spend."""
 
     requests_per_minute: Annotated[
-        int,
+        Annotated[int, Meta(ge=0, le=1_000_000)] | Literal["auto"],
         Meta(
-            ge=0,
-            le=1_000_000,
             description=(
-                "Per upstream key, first sends and retries together; upstream's published limit. 0 is unlimited."
+                'Per upstream key, first sends and retries together; upstream\'s published limit. "auto" begins there '
+                "and learns the true limit from upstream's answers, at the cost of a refused request now and then. 0 "
+                "is unlimited; then upstream's latency bounds the requests under way."
             ),
         ),
     ] = 100

@@ -78,6 +78,7 @@ METRICS = (
     Metric("forward_in_flight", "gauge", "Requests to upstream under way.", "forward", "in_flight"),
     Metric("forward_pending_windows", "gauge", "Windows to be sent, in memory.", "forward", "pending_windows"),
     Metric("budget_used", "gauge", "Occupied slots of a key's budget.", "forward", "budget_used_by_key", "key"),
+    Metric("budget_limit", "gauge", "Slots a minute, 0 for no limit.", "forward", "budget_limit_by_key", "key"),
     Metric("lane_failures", "gauge", "Failed attempts of a key in a row.", "forward", "failures_by_key", "key"),
     # Client connections.
     Metric("connections_open", "gauge", "Client connections.", "listener", "open_connections"),

@@ -67,6 +67,11 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
         return {lane.key: lane.budget_used for lane in self.lanes}
 
     @property
+    def budget_limit_by_key(self) -> dict[str, int]:
+        """Slots by the key's fingerprint; 0 is unlimited."""
+        return {lane.key: lane.budget_limit for lane in self.lanes}
+
+    @property
     def failures_by_key(self) -> dict[str, int]:
         """Attempts in a row without a usable answer, by the key's fingerprint."""
         return {lane.key: lane.failures for lane in self.lanes}

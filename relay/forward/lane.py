@@ -25,9 +25,9 @@ from relay.errors import SpoolUnavailable, UpstreamError
 from relay.http.client import Reply
 from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
-from relay.protocol.budget import Budget
 from relay.protocol.cut import Limits
 from relay.protocol.fingerprint import fingerprint, redact
+from relay.protocol.limit import make_budget
 from relay.protocol.schedule import Choice, Schedule
 from relay.protocol.verdict import Verdict, classify, parse_retry_after
 from relay.spool.spool import Spool
@@ -56,6 +56,9 @@ clients 401 is to lose what they send."""
 
 _RECUTS: dict[Verdict, Recut] = {Verdict.POISON: "alone", Verdict.TOO_LARGE: "halves"}
 """How a batch is cut that upstream refuses as it is."""
+
+_COUNTED = frozenset({Verdict.DELIVERED, Verdict.POISON, Verdict.TOO_LARGE})
+"""Verdicts on what upstream has looked at, and so counted as one of the key's requests."""
 
 log = structlog.get_logger()
 
@@ -160,7 +163,7 @@ class Lane:
         self._log = log.bind(key=fingerprint(key))
         limits = Limits(config.batch.max_events, config.batch.max_bytes)
         self._schedule = Schedule(limits, config.batch.linger_seconds, config.forward.live_share)
-        self._budget = Budget(config.budget.requests_per_minute, config.budget.margin_seconds)
+        self._budget = make_budget(config.budget.requests_per_minute, config.budget.margin_seconds)
         self._breaker = Breaker(config.forward.breaker_failures)
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
         self._not_before = -inf
@@ -222,7 +225,8 @@ class Lane:
     @property
     def is_idle(self) -> bool:
         """Whether the lane has nothing to do and remembers nothing that matters."""
-        return self._schedule.is_empty and not self._in_flight and not self._budget.used(self._clocks.monotonic())
+        is_at_rest = self._schedule.is_empty and not self._in_flight
+        return is_at_rest and self._budget.is_forgettable(self._clocks.monotonic())
 
     def status(self) -> LaneStatus:
         """Return the lane's state."""
@@ -277,6 +281,8 @@ class Lane:
     async def _wait_until_ready(self) -> None:
         while True:
             now = self._clocks.monotonic()
+            if self._waits_for_slot(now):
+                self._budget.note_waiting(now)
             at = self._ready_at(now)
             if at <= now:
                 await trio.lowlevel.checkpoint()
@@ -287,9 +293,15 @@ class Lane:
 
     def _ready_at(self, now: float) -> float:
         """Return when the next delivery may begin (rule 1)."""
+        return max(self._ready_but_for_slot_at(now), self._budget.ready_at(now))
+
+    def _ready_but_for_slot_at(self, now: float) -> float:
         if self._in_flight >= self._settings.max_in_flight_per_key:
             return inf
-        return max(self._schedule.ready_at(now), self._budget.ready_at(now), self._breaker.ready_at(), self._not_before)
+        return max(self._schedule.ready_at(now), self._breaker.ready_at(), self._not_before)
+
+    def _waits_for_slot(self, now: float) -> bool:
+        return self._budget.ready_at(now) > now >= self._ready_but_for_slot_at(now)
 
     async def _deliver(self, choice: Choice) -> None:
         """Make one attempt at one batch, and settle what comes of it."""
@@ -352,7 +364,7 @@ class Lane:
             (b"Content-Encoding", b"gzip"),
         )
         reply: Reply | None = None
-        was_held = self._is_held
+        was_held, began_at = self._is_held, self._clocks.monotonic()
         self._counts.bytes_sent += len(load.body)
         try:
             reply = await self._client.request("POST", INGEST_TARGET, headers, load.body)
@@ -361,6 +373,7 @@ class Lane:
             problem = str(error)
         verdict = Verdict.RETRY if reply is None else classify(reply.status)
         self._counts.verdicts[verdict] += 1
+        self._learn(verdict, began_at)
         if reply is not None and verdict in _RECUTS:
             self._note_success()
             await self._refuse(load.batch, _RECUTS[verdict], reply, problem)
@@ -373,6 +386,13 @@ class Lane:
             self._go_on(load.batch)
         else:
             self._retry(load.batch, verdict, reply, problem, was_held=was_held)
+
+    def _learn(self, verdict: Verdict, began_at: float) -> None:
+        """Let the budget know what an answer says of the key's limit; that upstream is in trouble says nothing."""
+        if verdict is Verdict.LIMITED:
+            self._budget.note_refused(began_at, self._clocks.monotonic())
+        elif verdict in _COUNTED:
+            self._budget.note_taken(began_at)
 
     async def _refuse(self, batch: SealedBatch, cut: Recut, reply: Reply, problem: str) -> None:
         """Go on with the parts of a batch that upstream refuses as it is, or without it."""

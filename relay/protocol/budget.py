@@ -90,6 +90,27 @@ class Budget:
         """Count a send of an earlier run, which ended at `at` at the latest."""
         self._remember(at)
 
+    def is_forgettable(self, now: float) -> bool:
+        """Return whether nothing of it matters any more."""
+        return not self.used(now)
+
+    def resize(self, limit: int) -> None:
+        """Change the limit; neither the old nor the new one is 0."""
+        self._limit = limit
+        while len(self._ends) > limit:
+            self._ends.popleft()
+
+    # What upstream's answers say of the limit is nothing new where it is given; `limit.LearnedBudget` listens.
+
+    def note_waiting(self, now: float) -> None:
+        """Note that something waits for a slot and for nothing else."""
+
+    def note_taken(self, began_at: float) -> None:
+        """Note that upstream took a request."""
+
+    def note_refused(self, began_at: float, now: float) -> None:
+        """Note that upstream answered 429 to a request that is still under way."""
+
     def _remember(self, at: float) -> None:
         if self._limit:
             self._ends.append(at)

@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from relay.config import Batch, Budget, Config
+from relay.config import Batch, Config
 from relay.protocol.endpoint import parse_address
+from relay.protocol.limit import INITIAL_LIMIT
 from relay.settings.options import MASK
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -188,9 +189,10 @@ def find_warnings(config: Config) -> Iterator[Finding]:
         yield Finding("spool.durability", "a power cut or a crash of the machine loses accepted events")
     if config.spool.max_bytes < config.intake.max_decoded_bytes:
         yield Finding("spool.max_bytes", "a batch of the largest size may never fit: is <", "intake.max_decoded_bytes")
-    if config.budget.requests_per_minute == 0:
+    limit = config.budget.requests_per_minute
+    if limit == 0:
         yield Finding("budget.requests_per_minute", "is unlimited; upstream answers 429 above its own limit")
-    elif config.budget.requests_per_minute > Budget().requests_per_minute:
+    elif limit != "auto" and limit > INITIAL_LIMIT:
         yield Finding("budget.requests_per_minute", "is above upstream's published limit")
     if config.batch.max_events > Batch().max_events:
         yield Finding("batch.max_events", "is above upstream's published limit")

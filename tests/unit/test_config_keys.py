@@ -51,6 +51,9 @@ def test_pool_can_be_written_everywhere(source: str, tmp_path: Path) -> None:
         ("keys.pools={luc_pk_client = []}", "must have an upstream key for every client key"),
         ('keys.pools={luc_pk_client = ["luc_pk_one", "luc_pk_one"]}', "must not name a key twice in a pool"),
         ('keys.pools={"two words" = ["luc_pk_one"]}', "must be visible ASCII without blanks"),
+        ("budget.requests_per_minute=automatic", 'must be integer >= 0 and <= 1_000_000 or "auto"'),
+        ("budget.requests_per_minute=true", "must be an integer"),
+        ("budget.requests_per_minute=-1", "must be >= 0"),
     ],
 )
 def test_what_is_wrong_is_named(argument: str, expected: str) -> None:
@@ -93,3 +96,10 @@ def test_every_secret_is_masked() -> None:
     for option in options().values():
         if option.secret:
             assert f'{option.name} = "{MASK}"' in text
+
+
+def test_learned_limit_is_a_word() -> None:
+    """`auto` needs no quotes on the command line, and is printed with them."""
+    loaded = with_sets("budget.requests_per_minute=auto")
+    assert loaded.config.budget.requests_per_minute == "auto"
+    assert 'requests_per_minute = "auto"' in render_effective(loaded.config, loaded.origins)
