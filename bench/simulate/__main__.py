@@ -106,7 +106,7 @@ def _print_runs(title: str, runs: Iterable[Run]) -> None:
     print(f"{title}\n")
     _print_table(
         (
-            *("traffic", "sessions", "requests/optimum", "events/min", "ceiling", "delivered", "lost", "429"),
+            *("traffic", "sessions", "requests/optimum", "events/min", "fullness", "delivered", "lost", "429"),
             *("all p50/p95/max s", "finals", "snapshots", "direct", "one for one"),
         ),
         (

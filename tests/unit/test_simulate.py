@@ -13,6 +13,7 @@ from bench.simulate.forwarding import Forwarding
 from bench.simulate.optimum import fewest_requests
 from bench.simulate.pile import Pile
 from bench.simulate.rivals import forward_one_for_one, send_directly
+from bench.simulate.study import BUSY_LOAD, Study
 from bench.simulate.traffic import KINDS, SDK_MAX_EVENTS, Arrival, SdkBatch, arrivals
 from bench.simulate.upstream import Weather
 from relay.config import Config
@@ -139,6 +140,27 @@ def test_the_relay_delivers_every_event_and_brings_no_429_upon_itself(kind: str,
     assert (outcome.lost, outcome.limited) == (0, 0)
     assert outcome.all.count == sum(len(arrival.batch.events) for arrival in trace)
     assert send_directly(trace, 1_200, weather, Config()).lost > 0
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_a_saturated_relay_spends_hardly_more_than_the_optimum(kind: str) -> None:
+    """With always more to send than may be sent, requests are within 1.05 of the fewest there can be."""
+    study = Study(1_800.0, Weather(requests_per_minute=30), Config(), seed=4)
+    run = study.run(kind, study.demand(kind).sessions_at(1.3, 30))
+    assert run.ratio <= 1.05
+    assert (run.relay.lost, run.relay.limited) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_delays_are_bounded_while_the_optimum_leaves_a_tenth(kind: str) -> None:
+    """Nothing is lost, and no wait comes near the length of the trace; finals and snapshots fare better still."""
+    study = Study(3_600.0, Weather(), Config(), seed=4)
+    run = study.run(kind, study.demand(kind).sessions_at(BUSY_LOAD, 100))
+    assert (run.relay.lost, run.relay.limited) == (0, 0)
+    assert run.relay.all.p95 < 600
+    assert run.relay.all.max < 1_500
+    assert run.relay.finals.p95 < 180
+    assert run.direct.lost > 0
 
 
 def test_rivals_are_counted_by_hand() -> None:

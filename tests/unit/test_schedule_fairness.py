@@ -1,0 +1,179 @@
+"""Who waits for whom: fairness between sessions, between live traffic and backlog, and against starvation."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.protocol.cut import Limits
+from relay.protocol.schedule import BACKLOG_SECONDS, MAX_OPEN_SECONDS, Choice, Schedule
+
+LIMITS = Limits(10, 1_000)
+LINGER = 5.0
+PAGE, NEXT_PAGE = b"a", b"b"
+START = 10_000.0
+STEP = 0.6
+"""Seconds from one choice to the next: a hundred a minute."""
+
+
+def make_schedule(live_share: float = 0.5) -> Schedule:
+    """Return an empty schedule."""
+    return Schedule(LIMITS, LINGER, live_share)
+
+
+def add(
+    schedule: Schedule, session_id: int, events: int, oldest_at: float, *, window: int = 0, page: bytes = PAGE
+) -> None:
+    """Add events in a session's only window, or in another."""
+    window_id = session_id * 10 + window
+    schedule.add(session_id, window_id, events=events, events_bytes=events, finals=0, oldest_at=oldest_at, digest=page)
+
+
+def deliver(schedule: Schedule, choice: Choice, *, leaves: int = 0, left_at: float = 0.0) -> None:
+    """Seal what was chosen, all but `leaves` events of it, and release its session."""
+    assert choice.window_id is not None
+    taken = 10 if leaves else 10**6
+    left = left_at if leaves else None
+    schedule.seal(choice.window_id, events=taken, events_bytes=taken, finals=0, next_oldest_at=left)
+    schedule.release(choice.session_id)
+
+
+@given(
+    quiet=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    noisy=st.integers(1, 3),
+)
+def test_noisy_sessions_cost_a_quiet_one_a_round(quiet: list[int], noisy: int) -> None:
+    """However much noisy sessions have, a complete run waits for one batch of each session at most."""
+    schedule = make_schedule()
+    sessions = noisy + len(quiet)
+    for session_id in range(1, noisy + 1):
+        add(schedule, session_id, 10_000, START)
+    comes_at = {noisy + 1 + place: step for place, step in enumerate(quiet)}
+    served: dict[int, int] = {}
+    for step in range(31 + sessions):
+        now = START + step * STEP
+        for session_id, at in comes_at.items():
+            if at == step:
+                add(schedule, session_id, 10, now)
+        choice = schedule.choose(now)
+        assert choice is not None
+        if choice.session_id > noisy:
+            served[choice.session_id] = step
+            deliver(schedule, choice)
+        else:
+            deliver(schedule, choice, leaves=1, left_at=START)
+    assert served.keys() == comes_at.keys()
+    assert all(served[session_id] - at < sessions for session_id, at in comes_at.items())
+
+
+@pytest.mark.parametrize("live_share", [0.1, 0.5, 0.75])
+def test_live_traffic_and_backlog_share_by_weight(live_share: float) -> None:
+    """While both wait, each has its share of any stretch of choices, give or take one."""
+    schedule = make_schedule(live_share)
+    for session_id in range(1, 11):
+        add(schedule, session_id, 10_000, START - BACKLOG_SECONDS - 1)
+    for session_id in range(11, 14):
+        add(schedule, session_id, 10_000, START)
+    live = 0
+    for number in range(1, 401):
+        choice = schedule.choose(START)
+        assert choice is not None
+        is_live = choice.session_id > 10
+        live += is_live
+        deliver(schedule, choice, leaves=1, left_at=START if is_live else START - BACKLOG_SECONDS - 1)
+        assert abs(live - live_share * number) <= 1
+
+
+@pytest.mark.parametrize("age", [0.0, BACKLOG_SECONDS])
+def test_a_share_that_nobody_needs_is_not_kept_free(age: float) -> None:
+    """Live traffic alone, or backlog alone, has every request."""
+    schedule = make_schedule()
+    for session_id in (1, 2):
+        add(schedule, session_id, 10, START - age)
+    for _ in (1, 2):
+        choice = schedule.choose(START)
+        assert choice is not None
+        deliver(schedule, choice)
+    assert schedule.is_empty
+
+
+def test_open_runs_have_what_complete_ones_leave_oldest_first() -> None:
+    """A run that may still grow waits for every complete one, however young; then the oldest goes first."""
+    schedule = make_schedule()
+    add(schedule, 1, 1, START - 100)
+    add(schedule, 2, 1, START - 200)
+    add(schedule, 3, 10, START)
+    add(schedule, 4, 1, START)
+    add(schedule, 4, 1, START, page=NEXT_PAGE)
+    chosen = []
+    while (choice := schedule.choose(START)) is not None:
+        chosen.append((choice.session_id, choice.reason))
+        deliver(schedule, choice)
+    assert chosen == [(3, "full"), (4, "closed"), (2, "lingered"), (1, "lingered")]
+
+
+def test_what_a_seal_leaves_is_closed_if_the_spool_says_so() -> None:
+    """Of three pages, the first two are complete, one after the other; the third may still grow."""
+    schedule = make_schedule()
+    for page in (PAGE, NEXT_PAGE, PAGE):
+        add(schedule, 1, 2, START, page=page)
+    for is_closed in (True, False):
+        choice = schedule.choose(START)
+        assert choice is not None
+        assert (choice.window_id, choice.reason) == (10, "closed")
+        schedule.seal(10, events=2, events_bytes=2, finals=0, next_oldest_at=START, next_is_closed=is_closed)
+        schedule.release(1)
+    assert schedule.choose(START) is None
+    assert schedule.ready_at(START) == START + LINGER
+
+
+def wait_under_overload(schedule: Schedule, busy: int, window_id: int) -> float:
+    """Keep `busy` sessions, from 1 on, supplied with complete runs; return when the window is chosen."""
+    for session_id in range(1, busy + 1):
+        add(schedule, session_id, 10, START)
+    now = START
+    while now < START + 2 * MAX_OPEN_SECONDS:
+        choice = schedule.choose(now)
+        assert choice is not None
+        if choice.window_id == window_id:
+            assert choice.reason == "aged"
+            return now
+        deliver(schedule, choice)
+        add(schedule, choice.session_id, 10, now)
+        now += STEP
+    raise AssertionError("never chosen")
+
+
+def test_overload_does_not_starve_an_open_run() -> None:
+    """Where complete runs never end, an open one is sent a round after it has come of age."""
+    schedule = make_schedule()
+    add(schedule, 50, 1, START)
+    at = wait_under_overload(schedule, busy=20, window_id=500)
+    assert START + MAX_OPEN_SECONDS <= at <= START + MAX_OPEN_SECONDS + 2 * 20 * STEP
+
+
+def test_a_busy_tab_does_not_starve_the_one_beside_it() -> None:
+    """The same within a session: its window that is always full does not keep the other for ever."""
+    schedule = make_schedule()
+    add(schedule, 1, 1, START, window=1)
+    at = wait_under_overload(schedule, busy=5, window_id=11)
+    assert START + MAX_OPEN_SECONDS <= at <= START + MAX_OPEN_SECONDS + 2 * 5 * STEP
+
+
+def test_entries_do_not_pile_up_while_open_runs_starve() -> None:
+    """Sessions that turn open and complete over and over leave no more entries than choices in the age of a run."""
+    schedule = make_schedule()
+    for session_id in range(1, 101):
+        add(schedule, session_id, 10, START)
+    most = 0
+    for number in range(20_000):
+        now = START + number * STEP
+        choice = schedule.choose(now)
+        assert choice is not None
+        deliver(schedule, choice)
+        add(schedule, choice.session_id, 1, now - LINGER)  # open and due at once, never served: others are complete
+        schedule.ready_at(now)
+        add(schedule, choice.session_id, 9, now)
+        most = max(most, len(schedule._open))
+    assert most <= MAX_OPEN_SECONDS / STEP + 100
