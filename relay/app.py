@@ -14,7 +14,7 @@ import random  # noqa: TID251 - the one generator, handed to whoever needs chanc
 import signal
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import structlog
@@ -70,8 +70,8 @@ class Relay:
         self._state = "starting"
         self._started_at = clocks.wall()
         self._addresses = Addresses([], [])
-        self._intake = Intake(config, spool, clocks.wall, clocks.monotonic)
         self._forwarder = Forwarder(config, spool, client, clocks)
+        self._intake = Intake(config, spool, clocks.wall, clocks.monotonic, self._forwarder.is_refused)
         self._listener = HttpListener(
             Router([self._intake.route()]),
             config.listen,
@@ -120,6 +120,17 @@ class Relay:
         if not account.is_balanced:
             warnings.append("the account does not add up: this is a defect of the relay, please report it")
         return warnings
+
+    async def move_dead_letters(self, action: Literal["resend", "purge"], ids: Sequence[int] | None) -> tuple[int, int]:
+        """Send dead letters again, or drop them; returns how many, and their events."""
+        move = self._spool.resend_dead_letters if action == "resend" else self._spool.purge_dead_letters
+        moved = await move(ids)
+        log.warning("dead letters moved by an operator", action=action, letters=moved.letters, events=moved.events)
+        return moved.letters, moved.events
+
+    def release_key(self, name: str) -> bool:
+        """Try a held key at once, by its fingerprint; returns whether there is one."""
+        return self._forwarder.release_key(name)
 
     def identity(self) -> Mapping[str, Any]:
         """Return what this process is."""

@@ -96,6 +96,17 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     status = declare("status", "Ask a running relay how it is.", show_status)
     add_source_arguments(status)
     status.add_argument("--json", action="store_true", help="print the relay's answer as it is")
+    spool = declare("spool", "List, export, send again or drop what upstream refused for good.", run_spool)
+    if chosen == "spool":
+        from relay.ops.letters import add_arguments as add_spool_arguments
+
+        add_spool_arguments(spool, add_source_arguments)
+    keys = declare("keys", "Let a key that upstream refused be tried at once.", release_key)
+    release = keys.add_subparsers(title="actions", metavar="ACTION", required=True).add_parser(
+        "release", help="try it, and let its clients in", allow_abbrev=False
+    )
+    release.add_argument("key", help="the key's fingerprint, as log and status show it")
+    add_source_arguments(release)
     sandbox = declare("sandbox", "Run a stand-in for Lucent's ingest API.", run_sandbox)
     if chosen == "sandbox":
         from relay.sandbox.server import add_arguments as add_sandbox_arguments
@@ -173,6 +184,38 @@ def show_status(arguments: argparse.Namespace) -> int:
         return ExitCode.NEGATIVE
     say(answer.status.decode() if arguments.json else summarise(answer))
     return ExitCode.OK if answer.ready else ExitCode.NEGATIVE
+
+
+def run_spool(arguments: argparse.Namespace) -> int:
+    """Look at dead letters, or move them."""
+    config = load_settings(arguments).config
+
+    from relay.ops.letters import Failure, run
+
+    outcome = run(arguments, config)
+    if isinstance(outcome, Failure):
+        complain(outcome.reason)
+        return ExitCode.NEGATIVE
+    for line in outcome:
+        say(line)
+    return ExitCode.OK
+
+
+def release_key(arguments: argparse.Namespace) -> int:
+    """Ask a running relay to try a held key at once."""
+    config = load_settings(arguments).config
+
+    from relay.ops.inquiry import Unreachable, order
+
+    outcome = order(config.listen.admin, "/keys/release", {"key": arguments.key})
+    if isinstance(outcome, Unreachable):
+        complain(outcome.reason)
+        return ExitCode.NEGATIVE
+    if outcome.status != 200:
+        complain(str(outcome.value.get("error", outcome.status)))
+        return ExitCode.NEGATIVE
+    say(f"{arguments.key} is tried now")
+    return ExitCode.OK
 
 
 def run_sandbox(arguments: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
         return member
 
     OK = 0, "Done, or stopped as asked."
-    NEGATIVE = 1, "The command's verdict is no: the demo did not add up, or the relay is not ready or not there."
+    NEGATIVE = 1, "The verdict is no: the demo did not add up, the relay is not ready, or what was named is not there."
     USAGE = 2, "The command line is wrong."
     INTERNAL = 70, "A mistake in the relay itself; the traceback is on standard error."
     CANNOT_LISTEN = 71, "An address cannot be listened on: in use, not this machine's, or no permission."

@@ -82,10 +82,16 @@ class Intake:
         spool: Where batches go.
         wall_clock: Seconds since the epoch.
         monotonic: Seconds, for the acknowledgement's duration.
+        is_refused: Whether upstream is known to refuse a key.
     """
 
     def __init__(
-        self, config: Config, spool: Spool, wall_clock: Callable[[], float], monotonic: Callable[[], float]
+        self,
+        config: Config,
+        spool: Spool,
+        wall_clock: Callable[[], float],
+        monotonic: Callable[[], float],
+        is_refused: Callable[[str], bool] = lambda _key: False,
     ) -> None:
         self._settings = config.intake
         self._keys = KeyPolicy(config.keys)
@@ -93,6 +99,7 @@ class Intake:
         self._spool = spool
         self._wall_clock = wall_clock
         self._monotonic = monotonic
+        self._is_refused = is_refused
         self._deflater = SegmentDeflater()
         self._decodes = trio.CapacityLimiter(config.intake.max_decodes)
         self._accepted = self._repeated = self._events = self._wire_bytes = self._decoded_bytes = 0
@@ -134,9 +141,13 @@ class Intake:
         return Response(204, headers=headers)
 
     def admit(self, request: Request) -> Response | None:
-        """Refuse on headers what need not be read: no key that is taken, or no room (rule 1)."""
+        """Refuse on headers what need not be read: no key that is taken, or no room (rule 1).
+
+        A key counts as refused where upstream refuses all keys that it stands for. With one left its batches are taken,
+        and those for another wait in the spool.
+        """
         key = self._keys.client_key(request)
-        if key:
+        if key and not all(map(self._is_refused, self._keys.pool(key))):
             refusal = self._spool.refusal
             return self._unavailable(refusal) if refusal else None
         return self._refuse(401, "Missing API key" if key == "" else "Invalid or revoked API key")

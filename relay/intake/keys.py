@@ -46,6 +46,10 @@ class KeyPolicy:
             return None
         return key
 
+    def pool(self, client_key: str) -> tuple[str, ...]:
+        """Return all upstream keys that a client key stands for."""
+        return self._pools.get(client_key) or (client_key,)
+
     def upstream_keys(self, client_key: str, session_id: str) -> tuple[str, ...]:
         """Return the session's upstream key, then those under which it may be known already (rule 1)."""
         pool = self._pools.get(client_key)

@@ -3,12 +3,16 @@
 `/livez` is 200 while the process can answer at all; it never depends on upstream. `/readyz` is 200 while batches are
 accepted; an outage of upstream does not change that, since taking batches then is what the relay is for. Both of
 them and `/status` give reasons in JSON.
+
+What an operator may ask for is a POST with a JSON object, declared as such: a web page that somebody looks at beside
+the relay cannot send that without being asked first (CORS), and it is never told yes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -16,6 +20,21 @@ from relay.errors import SpoolUnavailable
 from relay.http.message import Request, Response, error_response, json_response
 from relay.http.router import Route
 from relay.ops.exposition import CONTENT_TYPE, expose
+
+MAX_ORDER_BYTES = 1_048_576
+"""A hundred thousand ids of dead letters."""
+
+
+class _Letters(msgspec.Struct, forbid_unknown_fields=True):
+    """Which dead letters: those of these ids, or all."""
+
+    ids: list[int] | None
+
+
+class _Key(msgspec.Struct, forbid_unknown_fields=True):
+    """Which key."""
+
+    key: str
 
 
 class Observed(Protocol):
@@ -30,8 +49,21 @@ class Observed(Protocol):
     def warnings(self, sources: Mapping[str, Any]) -> Sequence[str]:
         """Return what an operator should look at although batches are accepted, going by the statistics."""
 
+    async def move_dead_letters(self, action: Literal["resend", "purge"], ids: Sequence[int] | None) -> tuple[int, int]:
+        """Send dead letters again, or drop them, all of them without `ids`; returns how many, and their events."""
+
+    def release_key(self, name: str) -> bool:
+        """Try a held key at once, by its fingerprint; returns whether there is one."""
+
     def identity(self) -> Mapping[str, Any]:
         """Return version, process id, start, state and addresses."""
+
+
+def admit_order(request: Request) -> Response | None:
+    """Refuse what a web page could send unasked."""
+    if request.header(b"content-type").partition(b";")[0].strip().lower() == b"application/json":
+        return None
+    return error_response(415, "Declare the body as application/json")
 
 
 class Admin:
@@ -54,7 +86,40 @@ class Admin:
             "/metrics": self.metrics,
             "/status": self.status,
         }
-        return [Route(path, {"GET": handler}) for path, handler in handlers.items()]
+        orders: dict[str, Callable[[Request], Awaitable[Response]]] = {
+            "/dead-letters/resend": partial(self.move, "resend"),
+            "/dead-letters/purge": partial(self.move, "purge"),
+            "/keys/release": self.release,
+        }
+        return [
+            *(Route(path, {"GET": handler}) for path, handler in handlers.items()),
+            *(
+                Route(path, {"POST": handler}, admit=admit_order, max_body_bytes=MAX_ORDER_BYTES)
+                for path, handler in orders.items()
+            ),
+        ]
+
+    async def move(self, action: Literal["resend", "purge"], request: Request) -> Response:
+        """Send dead letters again, or drop them."""
+        try:
+            order = msgspec.json.decode(request.body, type=_Letters)
+        except msgspec.DecodeError as error:
+            return error_response(400, f'Say {{"ids": [1, 2]}}, or {{"ids": null}} for all: {error}')
+        try:
+            letters, events = await self._observed.move_dead_letters(action, order.ids)
+        except SpoolUnavailable as error:
+            return error_response(503, str(error))
+        return json_response(200, {"letters": letters, "events": events})
+
+    async def release(self, request: Request) -> Response:
+        """Try a held key at once, and let its clients in."""
+        try:
+            order = msgspec.json.decode(request.body, type=_Key)
+        except msgspec.DecodeError as error:
+            return error_response(400, f'Say {{"key": "key-…"}}: {error}')
+        if not self._observed.release_key(order.key):
+            return error_response(404, f"No key {order.key} is held")
+        return json_response(200, {"released": order.key})
 
     async def live(self, _request: Request) -> Response:
         """Answer that the process is alive."""

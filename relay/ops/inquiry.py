@@ -1,4 +1,4 @@
-"""Asks a running relay how it is: the client side of the admin listener, for `lucent-relay status`.
+"""Asks a running relay how it is, or for something: the client side of the admin listener, for the command line.
 
 Plain blocking HTTP of the standard library: one question, nothing concurrent, and proxies of the environment are
 not consulted, as they would be by `urllib`.
@@ -17,6 +17,9 @@ from relay.protocol.endpoint import parse_address
 
 PATIENCE_SECONDS = 5.0
 """For connecting and for each read. A relay that takes longer to say how it is, is not well."""
+
+ORDER_SECONDS = 300.0
+"""For moving all dead letters, some 250 000 at most by default, on a slow disk."""
 
 MAX_ANSWER_BYTES = 16_777_216
 """Far above any status; ends the reading of something that is no relay."""
@@ -47,12 +50,9 @@ def ask(address: str) -> Answer | Unreachable:
     Args:
         address: `listen.admin` of its configuration.
     """
-    host, port = parse_address(address)
-    if port == 0:
-        return Unreachable(
-            "listen.admin has port 0, so only the relay's log knows it; give it by --set listen.admin=HOST:PORT"
-        )
-    connection = http.client.HTTPConnection(WILDCARDS.get(host, host), port, timeout=PATIENCE_SECONDS)
+    connection = _connect(address)
+    if isinstance(connection, Unreachable):
+        return connection
     try:
         ready, _ = _get(connection, "/readyz")
         code, status = _get(connection, "/status")
@@ -63,6 +63,48 @@ def ask(address: str) -> Answer | Unreachable:
     if code != http.client.OK or not _is_object(status):
         return Unreachable(f"http://{address}/status answers {code}, but not with a relay's status")
     return Answer(ready == http.client.OK, status)
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What the relay did."""
+
+    status: int
+    """200 where it did it."""
+    value: dict[str, Any]
+    """Its answer; `error` says why not."""
+
+
+def order(address: str, path: str, what: dict[str, Any]) -> Outcome | Unreachable:
+    """Ask the relay whose admin listener has an address to do something.
+
+    Args:
+        address: `listen.admin` of its configuration.
+        path: What to do.
+        what: To what.
+    """
+    connection = _connect(address, ORDER_SECONDS)
+    if isinstance(connection, Unreachable):
+        return connection
+    try:
+        connection.request("POST", path, orjson.dumps(what), {"content-type": "application/json"})
+        response = connection.getresponse()
+        body = response.read(MAX_ANSWER_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        return Unreachable(f"no relay answers at http://{address}: {error}")
+    finally:
+        connection.close()
+    if not _is_object(body):
+        return Unreachable(f"http://{address}{path} answers {response.status}, but not as a relay does")
+    return Outcome(response.status, orjson.loads(body))
+
+
+def _connect(address: str, seconds: float = PATIENCE_SECONDS) -> http.client.HTTPConnection | Unreachable:
+    host, port = parse_address(address)
+    if port == 0:
+        return Unreachable(
+            "listen.admin has port 0, so only the relay's log knows it; give it by --set listen.admin=HOST:PORT"
+        )
+    return http.client.HTTPConnection(WILDCARDS.get(host, host), port, timeout=seconds)
 
 
 def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]:

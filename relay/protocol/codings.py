@@ -286,3 +286,8 @@ def zstd_decompress(data: bytes) -> bytes:
     """Decompress a recording: a trusted zstd file of one or more frames."""
     with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
         return reader.read()
+
+
+def zstd_compress(data: bytes) -> bytes:
+    """Compress data as one zstd frame; frames may follow one another in a file."""
+    return zstandard.ZstdCompressor().compress(data)

@@ -172,6 +172,17 @@ def _is_new(connection: apsw.Connection, path: Path) -> bool:
     return False
 
 
+def check_version(connection: apsw.Connection, path: Path) -> None:
+    """See that a database has our tables.
+
+    Raises:
+        SpoolSchemaMismatch: It has others.
+        SpoolUnavailable: It has none yet.
+    """
+    if _is_new(connection, path):
+        raise SpoolUnavailable(f"{path} is empty")
+
+
 def _create_tables(connection: apsw.Connection) -> None:
     with connection:
         connection.execute(_TABLES)

@@ -29,7 +29,7 @@ from relay.config import Spool as SpoolSettings
 from relay.errors import SpoolUnavailable
 from relay.protocol.cut import Limits
 from relay.spool import schema
-from relay.spool.dead_letters import letter_ids
+from relay.spool.dead_letters import LETTERS_A_STEP, letter_ids
 from relay.spool.store import Step, Store
 from relay.spool.values import (
     Account,
@@ -60,9 +60,6 @@ _PRUNE_SECONDS = 1.0
 
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
-
-_LETTERS_A_STEP = 500
-"""Dead letters moved by one commit, at some 20 µs each."""
 
 _CLOSE_SECONDS = 10.0
 """Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
@@ -226,8 +223,8 @@ class Spool:
         """Run a step over dead letters, so many a commit that no client waits for long."""
         every = await self._read(lambda: letter_ids(self._reader)) if ids is None else ids
         letters = events = 0
-        for first in range(0, len(every), _LETTERS_A_STEP):
-            some = every[first : first + _LETTERS_A_STEP]
+        for first in range(0, len(every), LETTERS_A_STEP):
+            some = every[first : first + LETTERS_A_STEP]
             moved = await self._step(partial(step, some), self._announce_pending)
             letters, events = letters + moved.letters, events + moved.events
         return Moved(letters, events)

@@ -15,11 +15,12 @@ import trio
 from trio.testing import MockClock
 
 from relay.config import Config, Keys
+from relay.http.client import Reply
 from relay.http.message import Request, Response
 from relay.intake.intake import REPLAY_PATH, Intake
 from relay.protocol.rendezvous import rank
 from tests.component.batches import make_body
-from tests.component.fake_upstream import FakeUpstream, Forwarding, forwarding, make_config
+from tests.component.fake_upstream import OK, Arrival, FakeUpstream, Forwarding, forwarding, make_config
 from tests.component.spooling import wall_clock
 
 CLIENT, OTHER = "luc_pk_client", "luc_pk_other"
@@ -31,7 +32,7 @@ class Relaying:
 
     def __init__(self, it: Forwarding, config: Config) -> None:
         self.it = it
-        self.intake = Intake(config, it.spool, wall_clock, trio.current_time)
+        self.intake = Intake(config, it.spool, wall_clock, trio.current_time, it.forwarder.is_refused)
 
     async def post(self, key: str, session: str, sequence: int = 0, *, flush: str = "") -> Response:
         """Ask as a listener does."""
@@ -146,3 +147,37 @@ async def test_default_key_may_have_a_pool(tmp_path: Path, autojump_clock: MockC
             await relay.post("", f"s{number}")
         await relay.it.drained()
         assert {arrival.key for arrival in relay.it.upstream.arrivals} == set(POOL)
+
+
+async def test_clients_of_a_refused_key_are_told(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Once it is known to be bad they get upstream's 401; what was taken before waits, and goes out when it is good."""
+
+    async def answer(arrival: Arrival) -> Reply:
+        return Reply(403, {}, b"") if trio.current_time() < 200 and arrival.key == CLIENT else OK
+
+    async with relaying(tmp_path, FakeUpstream(answer), Keys(), hold_seconds=60) as relay:
+        assert (await relay.post(CLIENT, "s", flush="final")).status == 200
+        await trio.sleep(5)
+        assert (await relay.post(CLIENT, "t", flush="final")).status == 200, "once may be a hiccup"
+        await trio.sleep(15)
+        refusal = await relay.post(CLIENT, "u")
+        assert (refusal.status, json.loads(refusal.body)) == (401, {"error": "Invalid or revoked API key"})
+        assert (await relay.post(OTHER, "v")).status == 200
+        await relay.it.drained()
+        assert {batch.session for batch in relay.it.upstream.order} == {"s", "t", "v"}
+        assert (await relay.post(CLIENT, "u")).status == 200
+
+
+async def test_pool_with_one_good_key_is_not_refused(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """The sessions of a bad key wait in the spool, while those of the others flow."""
+
+    async def answer(arrival: Arrival) -> Reply:
+        return OK if arrival.key == POOL[0] else Reply(401, {}, b"")
+
+    async with relaying(tmp_path, FakeUpstream(answer), Keys(pools={CLIENT: POOL})) as relay:
+        for number in range(30):
+            assert (await relay.post(CLIENT, f"s{number}", flush="final")).status == 200
+        await trio.sleep(60)
+        assert all(map(relay.it.forwarder.is_refused, POOL[1:]))
+        for number in range(30, 60):
+            assert (await relay.post(CLIENT, f"s{number}", flush="final")).status == 200
