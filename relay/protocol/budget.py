@@ -6,7 +6,7 @@ network does, no window as upstream sees it holds more than the limit.
 
 The first half of the slots may be spent at once, the second half is paced. Spent in one burst, they would all come
 free in one burst a minute later, and so on for ever, and in the waits between not even a retry or a final would find a
-slot. Pacing gives none away:
+slot. Pacing gives hardly any away:
 
 1. The slots that are free are spread over the time until the next comes free.
 2. Two requests may be a little nearer than evenly spread. Where many slots come free at once, a few of them are so
@@ -25,8 +25,8 @@ _UNPACED_SHARE = 0.5
 """Slots that are spent without pacing. A key that needs no more than half its allowance never waits for it."""
 
 _NEAREST_SHARE = 0.97
-"""How near two paced requests may be, of the even distance. At 1, what exchanges take, 0.25 s to 1 s each, would be
-lost to every slot; so 97.5% to 99% of the allowance is used, against 100% in bursts with a wait of 58 s."""
+"""How near two paced requests may be, of the even distance. At 1, a gap once made would never be filled. Measured, 99%
+of the allowance is used where exchanges take 0.25 s, 97.5% where 1 s, and no two are more than two distances apart."""
 
 
 class Budget:
