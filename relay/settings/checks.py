@@ -189,8 +189,6 @@ def find_warnings(config: Config) -> Iterator[Finding]:
         yield Finding("spool.durability", "a power cut or a crash of the machine loses accepted events")
     if config.spool.max_bytes < config.intake.max_decoded_bytes:
         yield Finding("spool.max_bytes", "a batch of the largest size may never fit: is <", "intake.max_decoded_bytes")
-    if config.spool.dead_letter_max_bytes >= config.spool.max_bytes:
-        yield Finding("spool.dead_letter_max_bytes", "dead letters may fill the spool: is >=", "spool.max_bytes")
     limit = config.budget.requests_per_minute
     if limit == 0:
         yield Finding("budget.requests_per_minute", "is unlimited; upstream answers 429 above its own limit")
