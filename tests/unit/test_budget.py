@@ -15,7 +15,7 @@ from relay.protocol.budget import WINDOW_SECONDS, Budget
 from relay.sandbox.limiter import RequestWindow
 
 STEPS = st.sampled_from([0.0, 0.125, 1.0, 7.5, 29.875, 30.0, 59.875, 60.0, 61.0, 200.0])
-"""Seconds between events; eighths, so that sums are exact."""
+"""Seconds between events."""
 
 
 class Sent(msgspec.Struct):
@@ -89,16 +89,17 @@ class BudgetMachine(RuleBasedStateMachine):
     def is_not_a_moment_late(self) -> None:
         """With no slot free, a request may begin when the next comes free; with more than half of them free, now."""
         at = self.budget.ready_at(self.now)
-        recent = [request for request in self.sent if request.end > self.now - WINDOW_SECONDS]
+        # In the same words as the budget, since paced moments are no round numbers.
+        recent = [request for request in self.sent if request.end + WINDOW_SECONDS > self.now]
         assert (at == inf) == (len(self.in_flight()) >= self.budget.limit)
         if len(recent) < self.budget.limit / 2:
             assert at == self.now
         elif len(recent) < self.budget.limit:
             self._check_pace(at, recent)
         elif at < inf:
-            assert sum(request.end > at - WINDOW_SECONDS for request in self.sent) < self.budget.limit
+            assert sum(request.end + WINDOW_SECONDS > at for request in self.sent) < self.budget.limit
             earlier = at - 1 / 1024
-            assert sum(request.end > earlier - WINDOW_SECONDS for request in self.sent) >= self.budget.limit
+            assert sum(request.end + WINDOW_SECONDS > earlier for request in self.sent) >= self.budget.limit
 
     def _check_pace(self, at: float, recent: list[Sent]) -> None:
         """A paced request waits for an even distance, or half-way to the next free slot, but no longer."""
@@ -112,7 +113,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def counts_what_is_occupied(self) -> None:
         """The slots in use are the requests in flight and those of the last window, no more of these than the limit."""
         assert self.budget.in_flight == len(self.in_flight())
-        ended = sum(self.now - WINDOW_SECONDS < request.end < inf for request in self.sent)
+        ended = sum(self.now < request.end + WINDOW_SECONDS < inf for request in self.sent)
         assert self.budget.used(self.now) == min(ended, self.budget.limit) + len(self.in_flight())
 
 
