@@ -180,9 +180,8 @@ class Keys(Section, frozen=True):
         dict[str, tuple[str, ...]],
         Meta(
             description=(
-                "Upstream keys of one organisation that share the sessions of a client key, each with a budget of its "
-                'own: `{ client_key = ["upstream_key", "upstream_key"] }`. A session stays with its key. Without a '
-                "pool a client key is its own upstream key."
+                "Upstream keys of one organisation that share a client key's sessions, each with a budget of its own: "
+                '`{ client_key = ["upstream_key", "upstream_key"] }`. A client key without a pool is its own.'
             ),
             extra={"secret": True},
         ),
@@ -317,7 +316,7 @@ class Forward(Section, frozen=True):
             le=10_000,
             description=(
                 "Requests under way at once over all keys, each with a body of up to 1 MiB before gzip. Bounds memory "
-                "and connections."
+                "and connections; without a budget upstream's latency bounds them further."
             ),
         ),
     ] = 64
@@ -327,7 +326,7 @@ class Forward(Section, frozen=True):
             ge=1,
             le=1_000,
             description=(
-                "Requests of one key under way at once, each of another session. Covers 100 a minute at 4 s each."
+                "Requests under way at once of a key with a budget, each of another session; 100 a minute at 4 s each."
             ),
         ),
     ] = 8

@@ -76,6 +76,7 @@ METRICS = (
     Metric("forward_bytes_total", "counter", "Bodies sent to upstream, retries included.", "forward", "bytes_sent"),
     Metric("attempt_errors_total", "counter", "Deliveries that failed by our own error.", "forward", "attempt_errors"),
     Metric("forward_in_flight", "gauge", "Requests to upstream under way.", "forward", "in_flight"),
+    Metric("forward_in_flight_limit", "gauge", "How many there may be.", "forward", "in_flight_limit"),
     Metric("forward_pending_windows", "gauge", "Windows to be sent, in memory.", "forward", "pending_windows"),
     Metric("budget_used", "gauge", "Occupied slots of a key's budget.", "forward", "budget_used_by_key", "key"),
     Metric("budget_limit", "gauge", "Slots a minute, 0 for no limit.", "forward", "budget_limit_by_key", "key"),

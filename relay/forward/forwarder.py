@@ -19,6 +19,7 @@ import trio
 
 from relay.config import Config
 from relay.forward.lane import Client, Clocks, ForwardCounts, Lane, LaneStatus
+from relay.forward.slots import Slots
 from relay.spool.spool import Spool
 from relay.spool.values import Appended, NewBatch, PendingWindow
 
@@ -54,6 +55,8 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     """Attempts that ended in an error of ours."""
     in_flight: int
     """Requests under way."""
+    in_flight_limit: int
+    """How many there may be; without a budget, by what upstream is good for."""
     pending_windows: int
     """Windows with pending events that are held in memory."""
     has_more_on_disk: bool
@@ -93,7 +96,7 @@ class Forwarder:
         self._client = client
         self._clocks = clocks
         self._counts = ForwardCounts()
-        self._slots = trio.Semaphore(config.forward.max_in_flight)
+        self._slots = Slots(config.forward.max_in_flight, is_adaptive=config.budget.requests_per_minute == 0)
         self._lanes: dict[int, Lane] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._refused: set[str] = set()
@@ -154,6 +157,7 @@ class Forwarder:
             bytes_sent=counts.bytes_sent,
             attempt_errors=counts.attempt_errors,
             in_flight=sum(lane.in_flight for lane in lanes),
+            in_flight_limit=self._slots.limit,
             pending_windows=self._pending_windows(),
             has_more_on_disk=self._has_more,
             lanes=lanes,

@@ -22,6 +22,7 @@ import trio
 
 from relay.config import Config
 from relay.errors import SpoolUnavailable, UpstreamError
+from relay.forward.slots import Slots
 from relay.http.client import Reply
 from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
@@ -59,6 +60,9 @@ _RECUTS: dict[Verdict, Recut] = {Verdict.POISON: "alone", Verdict.TOO_LARGE: "ha
 
 _COUNTED = frozenset({Verdict.DELIVERED, Verdict.POISON, Verdict.TOO_LARGE})
 """Verdicts on what upstream has looked at, and so counted as one of the key's requests."""
+
+_SIGNS_OF_LOAD = {Verdict.DELIVERED: True, Verdict.RETRY: False, Verdict.OUTAGE: False}
+"""Verdicts by whether upstream coped; a batch, key or rate that is refused says nothing of that."""
 
 log = structlog.get_logger()
 
@@ -148,7 +152,7 @@ class Lane:
         client: Client,
         clocks: Clocks,
         counts: ForwardCounts,
-        slots: trio.Semaphore,
+        slots: Slots,
         refused: set[str],
     ) -> None:
         self.key_id = key_id
@@ -296,7 +300,7 @@ class Lane:
         return max(self._ready_but_for_slot_at(now), self._budget.ready_at(now))
 
     def _ready_but_for_slot_at(self, now: float) -> float:
-        if self._in_flight >= self._settings.max_in_flight_per_key:
+        if self._budget.limit and self._in_flight >= self._settings.max_in_flight_per_key:
             return inf
         return max(self._schedule.ready_at(now), self._breaker.ready_at(), self._not_before)
 
@@ -366,12 +370,16 @@ class Lane:
         reply: Reply | None = None
         was_held, began_at = self._is_held, self._clocks.monotonic()
         self._counts.bytes_sent += len(load.body)
+        began_in = self._slots.begin()
+        verdict = Verdict.RETRY
         try:
             reply = await self._client.request("POST", INGEST_TARGET, headers, load.body)
+            verdict = classify(reply.status)
             problem = f"{reply.status} {reply.body[:_REPLY_EXCERPT_BYTES].decode('utf-8', 'replace')}"
         except UpstreamError as error:
             problem = str(error)
-        verdict = Verdict.RETRY if reply is None else classify(reply.status)
+        finally:
+            self._slots.end(began_in, self._clocks.monotonic() - began_at, is_ok=_SIGNS_OF_LOAD.get(verdict))
         self._counts.verdicts[verdict] += 1
         self._learn(verdict, began_at)
         if reply is not None and verdict in _RECUTS:

@@ -80,3 +80,33 @@ async def test_what_was_learned_outlives_a_pause(tmp_path: Path, autojump_clock:
             await it.drained()
             assert (len(upstream.refused_at) <= before + 1) == is_known
         it.assert_each_once()
+
+
+async def test_latency_bounds_what_no_budget_does(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """An upstream that serves six at once is kept busy by a few more, over all keys, though 64 would be allowed."""
+    servers = trio.Semaphore(6)
+
+    async def serve(_: Arrival) -> Reply:
+        async with servers:
+            await trio.sleep(0.5)
+        return OK
+
+    upstream = FakeUpstream(serve)
+    async with forwarding(tmp_path, upstream, make_config(requests_per_minute=0)) as it:
+        for number in range(400):
+            await it.accept(f"s{number}", flush="final", key=f"luc_pk_{number % 3}")
+        assert await it.drained() < 1.15 * 400 * 0.5 / 6
+        assert 6 < upstream.peak_in_flight <= 18
+        assert it.forwarder.statistics().in_flight_limit <= 18
+        it.assert_each_once()
+
+
+async def test_one_key_without_budget_may_use_all_slots(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Where upstream does not become slower, a single key gets up to `max_in_flight`."""
+    config = make_config(requests_per_minute=0, max_in_flight=24)
+    async with forwarding(tmp_path, FakeUpstream(), config) as it:
+        for number in range(600):
+            await it.accept(f"s{number}", flush="final")
+        await it.drained()
+        assert it.upstream.peak_in_flight == 24
+        it.assert_each_once()
