@@ -1,7 +1,5 @@
 """`python -m relay` is the `lucent-relay` command."""
 
-import sys
+from relay.cli import command
 
-from relay.cli import main
-
-sys.exit(main())
+command()

@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from relay import __version__
 from relay.errors import ConfigError, SpoolError
@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: argparse ended it: 0 after `--help` and `--version`, 2 for a mistake on the command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    sys.setrecursionlimit(MAX_DEPTH)
     try:
         arguments = build_parser(words).parse_args(words)
         command: Callable[[argparse.Namespace], int] = arguments.command
@@ -67,6 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001 - the process's edge: unhandled it would end as 1, which is a verdict
         complain(redact(traceback.format_exc().rstrip()))
         return ExitCode.INTERNAL
+
+
+def command() -> NoReturn:
+    """Be the process: run the command in it, and end it with the command's exit code."""
+    sys.setrecursionlimit(MAX_DEPTH)
+    sys.exit(main())
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 MAX_DECODED_BYTES = 134_217_728
 """Twice the largest body that a relay accepts by default: no event it lets in can fail here for its size."""
 
-_MAX_INT_DIGITS = 19
-"""Longer integers become floats, as every number is in JavaScript; orjson does it above 2**64: 20 digits."""
+_MAX_INT_CHARACTERS = 20
+"""Of an integer of 64 bits, its sign included. Larger ones are doubles, as every number is in JavaScript."""
 
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
 """RFC 8259, 2."""
@@ -133,5 +133,8 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _parse_int(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _MAX_INT_DIGITS else float(digits)
+def _parse_int(text: str) -> int | float:
+    """Read an integer as orjson does: one of 64 bits, else a double."""
+    if len(text) <= _MAX_INT_CHARACTERS and -(2**63) <= (number := int(text)) < 2**64:
+        return number
+    return float(text)

@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.errors import InvalidBatch, TooLarge, UnsupportedCoding
@@ -96,6 +96,7 @@ def test_what_node_refuses_is_refused(text: bytes) -> None:
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+@example(-1_000_000_000_000_000_001)
 def test_both_parsers_mean_the_same(value: Any) -> None:
     """A text means the same on the fast path as beside a lone surrogate, which forces the slow one."""
     text = json.dumps(value).encode()
