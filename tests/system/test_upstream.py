@@ -17,7 +17,7 @@ from tests.system.traffic import make_batch
 pytestmark = pytest.mark.slow
 
 SESSIONS = 30
-"""One batch each is more requests than the strict upstream below allows, and half as much again."""
+"""Enough for each to be under way with others."""
 
 STRICT_LIMIT = 20
 """Requests a minute of an upstream that allows fewer than the published 100."""
@@ -25,8 +25,11 @@ STRICT_LIMIT = 20
 MAX_IN_FLIGHT = 8
 """`forward.max_in_flight_per_key`, by default."""
 
-A_MINUTE = 90.0
-"""Patience with what upstream's window of 60 s holds back."""
+A_MINUTE = 120.0
+"""Patience with what upstream's window of 60 s holds back, and the relay sends at its pace when that opens."""
+
+BEYOND_LIMIT = STRICT_LIMIT + 4
+"""Sessions whose batches do not fit into one minute."""
 
 
 async def test_dead_at_start(site: Site) -> None:
@@ -130,7 +133,7 @@ async def play_at_a_stricter_upstream(directory: Path) -> None:
     async with open_site(directory) as site:
         await site.start_sandbox("--requests-per-minute", str(STRICT_LIMIT))
         await site.start_relay({"budget": {"requests_per_minute": 100}})
-        await site.post(*(make_batch(f"s{number}", 0) for number in range(SESSIONS)))
+        await site.post(*(make_batch(f"s{number}", 0) for number in range(BEYOND_LIMIT)))
         status = await site.relay.until("a refusal", lambda status: status["forward"]["lanes"][0]["state"] == "limited")
         assert status["ready"]
         await assert_accounted(site, seconds=A_MINUTE)
@@ -143,15 +146,18 @@ async def play_within_the_limit(directory: Path) -> None:
     async with open_site(directory) as site:
         await site.start_sandbox("--requests-per-minute", str(STRICT_LIMIT))
         await site.start_relay({"budget": {"requests_per_minute": STRICT_LIMIT, "margin_seconds": 2}})
-        await site.post(*(make_batch(f"s{number}", 0) for number in range(SESSIONS)))
-        await site.relay.until("the budget to be spent", lambda status: status["forward"]["batches_delivered"] == 20)
+        await site.post(*(make_batch(f"s{number}", 0) for number in range(BEYOND_LIMIT)))
+        # The first half goes at once, the rest at its pace; what the relay forgot now, it would spend again.
+        half = STRICT_LIMIT // 2
+        await site.relay.until("half the budget to be spent", lambda it: it["forward"]["batches_delivered"] >= half)
         for sequence in (1, 2):
             site.relay.kill()
             await site.start_relay()
             await site.post(make_batch("s0", sequence))
         await assert_accounted(site, seconds=A_MINUTE)
         report = await site.sandbox.report()
-        assert (report["rate_limited"], report["peak_requests_per_minute"]) == (0, STRICT_LIMIT)
+        assert report["rate_limited"] == 0
+        assert half < report["peak_requests_per_minute"] <= STRICT_LIMIT
 
 
 async def test_limits(tmp_path: Path) -> None:
