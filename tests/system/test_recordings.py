@@ -23,7 +23,7 @@ def read_recording(path: Path) -> list[Batch]:
 
 
 async def test_recordings_arrive(site: Site) -> None:
-    """Every recorded session arrives byte for byte, at once, in fewer requests than the key has in a minute."""
+    """Every recorded session arrives byte for byte within a minute or so, in fewer requests than the key has in one."""
     recordings = [read_recording(path) for path in sorted(RECORDINGS.glob("*.jsonl.zst"))]
     batches = [batch for recording in recordings for batch in recording]
     assert (len(recordings), len(batches)) == (17, 124)
@@ -38,7 +38,7 @@ async def test_recordings_arrive(site: Site) -> None:
     async with trio.open_nursery() as nursery:
         for recording in recordings:
             nursery.start_soon(play, recording)
-    await assert_accounted(site)
+    await assert_accounted(site, seconds=90)  # the second half of a budget is paced over its minute
     report = await site.sandbox.report()
     assert Counter(report["responses"]) == {"200": report["requests"]}
     assert report["requests"] < len(batches)
