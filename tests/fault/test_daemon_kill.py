@@ -97,7 +97,7 @@ async def test_kill_while_starting(site: Site) -> None:
 
 async def test_kill_while_stopping(site: Site) -> None:
     """Killed between SIGTERM and exit, with batches at upstream and a request in hand, the relay sends on later."""
-    await site.start_sandbox("--latency", "0.5")
+    await site.start_sandbox("--latency", "3")
     await site.start_relay()
     await site.post(*(make_batch(f"s{number}", 0) for number in range(CLIENTS)))
     await site.relay.until("all to be in flight", lambda status: status["forward"]["in_flight"] == CLIENTS)

@@ -56,7 +56,7 @@ async def test_request_in_hand_is_finished(site: Site, number: signal.Signals) -
 
 async def test_delivery_in_flight_is_finished(site: Site) -> None:
     """What is at upstream when the signal comes is settled; the backlog behind it is left for the next start."""
-    await site.start_sandbox("--latency", "0.5")
+    await site.start_sandbox("--latency", "3")
     relay = await site.start_relay({"forward": {"max_in_flight": 1}})
     await site.post(make_batch("s1", 0), make_batch("s2", 0))
     await relay.until("a delivery", lambda status: status["forward"]["in_flight"])
