@@ -134,8 +134,6 @@ def measure_size(
         noop = stack.enter_context(servers.noop_server(core))
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="relay-bench-", dir=arguments.directory))
         relay = stack.enter_context(servers.relay_server(core, Path(folder), arguments.durability, upstream))
-        noop_load = stack.enter_context(contextlib.closing(Load(noop.address, arguments.connections)))
-        relay_load = stack.enter_context(contextlib.closing(Load(relay.address, arguments.connections)))
         resident_start = relay.usage().resident_bytes
         rate = 0.0
         noop_rounds, relay_rounds = [], []
@@ -143,8 +141,8 @@ def measure_size(
         for number in range(arguments.rounds + 1):  # the first is to warm up
             seconds = arguments.seconds if number else _WARM_UP_SECONDS
             fresh.prepare(int(rate * seconds * 1.25))
-            noop_round, _ = _measure(noop, noop_load, recurring, seconds)
-            relay_round, measured = _measure(relay, relay_load, fresh, seconds)
+            noop_round, _ = _measure(noop, recurring, arguments.connections, seconds)
+            relay_round, measured = _measure(relay, fresh, arguments.connections, seconds)
             rate = relay_round.requests_per_second
             if number:
                 noop_rounds.append(noop_round)
@@ -168,11 +166,13 @@ def measure_size(
 
 
 def _measure(
-    server: servers.Server, load: Load, next_request: Callable[[], Request], seconds: float
+    server: servers.Server, next_request: Callable[[], Request], connections: int, seconds: float
 ) -> tuple[Round, Measured]:
-    before = server.usage()
-    measured = load.run(next_request, seconds)
-    after = server.usage()
+    """Put a server under the load once; connections are new, since a server closes those that were long idle."""
+    with contextlib.closing(Load(server.address, connections)) as load:
+        before = server.usage()
+        measured = load.run(next_request, seconds)
+        after = server.usage()
     cpu = after.cpu_seconds - before.cpu_seconds
     accepted = measured.answers_by_status.get(200, 0)
     found = Round(

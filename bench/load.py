@@ -119,7 +119,7 @@ class _Connection:
 
 
 class Load:
-    """Connections to one server, kept open between runs."""
+    """Connections to one server."""
 
     def __init__(self, address: tuple[str, int], connections: int) -> None:
         self._selector = selectors.DefaultSelector()

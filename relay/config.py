@@ -336,11 +336,11 @@ class Forward(Section, frozen=True):
             ge=100,
             le=10_000_000,
             description=(
-                "Windows with pending events that are held in memory, about 1.2 KiB each; more wait on disk for their "
+                "Windows with pending events that are held in memory, about 1.6 KiB each; more wait on disk for their "
                 "turn. A key needs hours for as many."
             ),
         ),
-    ] = 20_000
+    ] = 15_000
     live_share: Annotated[
         float,
         Meta(
