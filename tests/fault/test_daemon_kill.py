@@ -23,6 +23,9 @@ pytestmark = pytest.mark.slow
 ROUNDS = int(os.environ.get("LUCENT_RELAY_KILL_ROUNDS", "8"))
 """Kills under load; one takes about a second."""
 
+PLENTY = {"requests_per_minute": 10_000}
+"""More than any test sends, and no limit on the requests under way but `forward.max_in_flight_per_key`."""
+
 CLIENTS = 6
 """As many sessions under load, each with two windows."""
 
@@ -82,7 +85,7 @@ async def test_kill_while_starting(site: Site) -> None:
     """A start that is killed at any point of it harms neither the backlog nor the next start."""
     await site.start_sandbox()
     await site.sandbox.go_down()
-    await site.start_relay()
+    await site.start_relay({"budget": PLENTY})
     await site.post(*(make_batch(f"s{number}", 0, 600) for number in range(CLIENTS)))
     await site.relay.until("all to be tried", lambda status: status["account"]["sealed"] == CLIENTS * 500)
     site.relay.kill()
@@ -98,7 +101,7 @@ async def test_kill_while_starting(site: Site) -> None:
 async def test_kill_while_stopping(site: Site) -> None:
     """Killed between SIGTERM and exit, with batches at upstream and a request in hand, the relay sends on later."""
     await site.start_sandbox("--latency", "3")
-    await site.start_relay()
+    await site.start_relay({"budget": PLENTY})
     await site.post(*(make_batch(f"s{number}", 0) for number in range(CLIENTS)))
     await site.relay.until("all to be in flight", lambda status: status["forward"]["in_flight"] == CLIENTS)
     site.relay.signal(signal.SIGTERM)
