@@ -8,7 +8,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.errors import SpoolLocked, SpoolUnavailable
-from relay.spool.spool import Spool, run_in_threads
+from relay.spool.spool import Spool, run_in_thread
 from relay.spool.values import Appended, NewBatch
 from tests.accounting import assert_accounted
 from tests.component.batches import make_batch, make_body
@@ -226,7 +226,7 @@ async def test_free_space_floor_refuses(tmp_path: Path, autojump_clock: MockCloc
 
 async def test_accounts_may_be_asked_for_at_once(tmp_path: Path) -> None:
     """A scrape beside a status request reads one instant each, in real threads, while the writer writes."""
-    async with opened_spool(tmp_path, run=run_in_threads(), now=lambda: 0.0) as spool:
+    async with opened_spool(tmp_path, run=run_in_thread, now=lambda: 0.0) as spool:
 
         async def ask() -> None:
             for _ in range(10):

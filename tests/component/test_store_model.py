@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from relay.config import Spool as SpoolSettings
 from relay.protocol.cut import Limits
 from relay.spool import schema
-from relay.spool.spool import Spool, run_in_threads
+from relay.spool.spool import Spool, run_in_thread
 from relay.spool.store import Store
 from relay.spool.values import Appended, Load, NewBatch, Recut, Refused
 from tests.accounting import assert_accounted
@@ -96,7 +96,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(self.db, LIMITS, max_keys=2)
         self.reader = schema.open_reader(path)
         settings = SpoolSettings(directory=str(self.directory))
-        self.spool = Spool(self.store, self.reader, settings, run_in_threads(), lambda: self.now)
+        self.spool = Spool(self.store, self.reader, settings, run_in_thread, lambda: self.now)
 
     def close(self) -> None:
         """Close both connections."""
