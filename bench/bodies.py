@@ -101,19 +101,18 @@ def _windows(lines: Iterable[bytes]) -> Iterator[tuple[Envelope, bytes]]:
 
 
 def _runs(events: list[bytes], wanted_bytes: int, skipped_bytes: int) -> Iterator[bytes]:
-    """Yield runs of consecutive events, each of about `wanted_bytes`."""
+    """Yield runs of consecutive events, each as near to `wanted_bytes` as its last event allows."""
     taken: list[bytes] = []
     size = -skipped_bytes
     for event in events:
-        size += len(event) + 1
-        if size <= 0:
-            continue
-        taken.append(event)
-        if size >= wanted_bytes:
-            run = b",".join(taken)
-            if abs(len(run) - wanted_bytes) <= wanted_bytes * _SPREAD:
-                yield run
-            taken, size = [], 0
+        longer = size + len(event) + 1
+        if taken and longer - wanted_bytes > wanted_bytes - size:
+            if abs(size - wanted_bytes) <= wanted_bytes * _SPREAD:
+                yield b",".join(taken)
+            taken, longer = [], len(event) + 1
+        size = longer
+        if size > 0:
+            taken.append(event)
 
 
 class Sessions:
