@@ -289,6 +289,8 @@ def test_the_published_description_judges_alike(path: str, value: Any) -> None:
         batch = changed(path, value)
     except KeyError:  # nothing there to remove
         return
+    if path == "replay.sequence" and isinstance(value, int | float) and value > MAX_SEQUENCE:
+        return  # the one exception: its addresses would be no safe integers
     ours = issues_of(encode(batch))
     theirs = PUBLISHED.issues(batch)
     assert {tuple(issue["path"]) for issue in ours} == {tuple(issue["path"]) for issue in theirs}
