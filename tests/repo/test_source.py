@@ -34,7 +34,8 @@ CATCH_ALLS = {
 
 def files(suffix: str = "") -> Iterator[Path]:
     """Yield the files that are ours to write."""
-    top = (path for path in CHECKOUT.iterdir() if path.is_file())
+    # In a linked worktree `.git` is a file, and says where the repository is.
+    top = (path for path in CHECKOUT.iterdir() if path.is_file() and path.name != ".git")
     below = (path for folder in FOLDERS for path in (CHECKOUT / folder).rglob("*"))
     for path in (*top, *below):
         if path.is_file() and path.suffix.endswith(suffix) and not path.parts.count("__pycache__"):
