@@ -31,7 +31,7 @@ from relay.http.asgi import serve_asgi
 from relay.http.client import HttpClient
 from relay.http.listener import HttpListener, open_listeners
 from relay.http.router import Router
-from relay.intake.intake import BUCKETS_SECONDS, Intake
+from relay.intake.intake import Intake
 from relay.ops.admin import Admin
 from relay.ops.logs import configure_logging
 from relay.ops.process import process_statistics
@@ -77,7 +77,7 @@ class Relay:
             config.listen,
             retry_after_seconds=config.intake.retry_after_seconds,
         )
-        self._admin = Admin(self, BUCKETS_SECONDS)
+        self._admin = Admin(self)
 
     # -- what the admin listener asks (`ops.admin.Observed`)
 

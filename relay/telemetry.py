@@ -1,12 +1,14 @@
 """Every metric of the relay, declared once.
 
 A metric is a field of a component's `statistics()`: `source` names the component, `field` the field. What is a
-mapping there becomes one sample an entry, with the key as `label`. The exposition and the table in the operations
-manual are made from these declarations; a test holds both against the running relay.
+mapping there becomes one sample an entry, with the key as `label`; a `Histogram` becomes its buckets. The exposition
+and the table in the operations manual are made from these declarations; a test holds both against the running relay.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from itertools import accumulate
 from typing import Literal
 
 import msgspec
@@ -27,9 +29,76 @@ class Metric(msgspec.Struct, frozen=True):
     source: Literal["account", "spool", "intake", "forward", "listener", "client", "process"]
     """The component."""
     field: str
-    """Of its statistics; for a histogram the list of counts, with the sum in `<field>_sum`."""
+    """Of its statistics."""
     label: str = ""
     """What the keys of a mapping are."""
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """What people read of a histogram."""
+
+    count: int
+    """Observations."""
+    mean: float
+    """Exact; 0 where there are none."""
+    p50: float
+    """As near as the buckets tell."""
+    p95: float
+    """As near as the buckets tell; the highest bound stands for whatever is above it."""
+
+
+class Histogram:
+    """Observations since the start of the process, by size.
+
+    Args:
+        bounds: Upper bounds of the buckets, ascending; one more is unbounded.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        """Upper bounds of all buckets but the last."""
+        self.counts = [0] * (len(bounds) + 1)
+        """Observations a bucket."""
+        self.sum = 0.0
+        """Of all observations."""
+
+    def observe(self, value: float) -> None:
+        """Count a value, which is not negative."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def copy(self) -> Histogram:
+        """Return the observations so far, to which nothing is added."""
+        copied = Histogram(self.bounds)
+        copied.counts, copied.sum = list(self.counts), self.sum
+        return copied
+
+    def quantile(self, share: float) -> float:
+        """Return the value that a share of the observations does not exceed; they count as spread over their bucket.
+
+        Args:
+            share: 0 to 1.
+
+        Returns:
+            The highest bound for what is above it; 0 where there are no observations.
+        """
+        rank = share * sum(self.counts)
+        lower = 0.0
+        for upper, count in zip(self.bounds, self.counts, strict=False):
+            if count and count >= rank:
+                return lower + (upper - lower) * rank / count
+            rank -= count
+            lower = upper
+        return lower if self.counts[-1] else 0.0
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """Return for each bound how many observations do not exceed it, as Prometheus wants them."""
+        return list(zip((*map(str, self.bounds), "+Inf"), accumulate(self.counts), strict=True))
+
+    def summary(self) -> Summary:
+        """Return what people read."""
+        count = sum(self.counts)
+        return Summary(count, self.sum / count if count else 0.0, self.quantile(0.5), self.quantile(0.95))
 
 
 METRICS = (
@@ -68,7 +137,20 @@ METRICS = (
     # Forwarding.
     Metric("attempts_total", "counter", "Requests to upstream.", "forward", "attempts_by_verdict", "verdict"),
     Metric("batches_sealed_total", "counter", "Upstream batches cut.", "forward", "batches_by_reason", "reason"),
+    Metric(
+        "batch_wait_seconds", "histogram", "Acceptance of a batch's oldest event to its cut.", "forward", "wait_seconds"
+    ),
+    Metric(
+        "batch_fullness_ratio", "histogram", "A cut batch's share of the nearer limit.", "forward", "fullness_ratio"
+    ),
     Metric("batches_delivered_total", "counter", "Upstream batches delivered.", "forward", "batches_delivered"),
+    Metric(
+        "delivery_seconds",
+        "histogram",
+        "Acceptance of a batch's oldest event to upstream's yes.",
+        "forward",
+        "delivery_seconds",
+    ),
     Metric("forward_events_total", "counter", "Events delivered by this process.", "forward", "events_delivered"),
     Metric("forward_segments_total", "counter", "Segments merged into them.", "forward", "segments_delivered"),
     Metric("batches_recut_total", "counter", "Refused batches cut into smaller ones.", "forward", "batches_recut"),

@@ -6,8 +6,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from relay.protocol.cut import Limits
-
 
 class Delays(msgspec.Struct, frozen=True):
     """Seconds from the relay's yes to upstream's, over events."""
@@ -68,8 +66,3 @@ class Outcome(msgspec.Struct, frozen=True):
     def delivered_share(self) -> float:
         """Share of the events upstream at the end of the trace and fit for replay."""
         return (self.delivered - self.ruined) / self.events if self.events else 1.0
-
-
-def fullness(events: int, events_bytes: int, limits: Limits) -> float:
-    """Return how full a batch is: the share of the nearer limit; a single larger event is full."""
-    return min(1.0, max(events / limits.max_events, events_bytes / limits.max_bytes))

@@ -15,7 +15,7 @@ from math import inf
 
 import msgspec
 
-from bench.simulate.figures import Outcome, delays, fullness
+from bench.simulate.figures import Outcome, delays
 from bench.simulate.pile import Pile, Sealed
 from bench.simulate.traffic import Arrival
 from bench.simulate.upstream import Reply, Upstream, Weather
@@ -148,7 +148,7 @@ class Forwarding:
             next_oldest_at=sealed.left[0].arrival.at if sealed.left else None,
             next_is_closed=any(one.batch.envelope_id != sealed.left[0].batch.envelope_id for one in sealed.left),
         )
-        self._fullness.append(fullness(sealed.events, sealed.events_bytes, self._limits))
+        self._fullness.append(self._limits.fullness(sealed.events, sealed.events_bytes))
 
     def _answer(self, exchange: _Exchange) -> None:
         now, sealed = exchange.at, exchange.sealed

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from bench.simulate.figures import Delays, Outcome, delays, fullness
+from bench.simulate.figures import Delays, Outcome, delays
 from bench.simulate.traffic import Arrival
 from bench.simulate.upstream import Weather
 from relay.config import Config
@@ -96,5 +96,5 @@ def forward_one_for_one(arrivals: Sequence[Arrival], seconds: float, weather: We
 
 def _mean_fullness(arrivals: Sequence[Arrival], config: Config) -> float:
     limits = Limits(config.batch.max_events, config.batch.max_bytes)
-    shares = [fullness(len(arrival.batch.events), arrival.batch.offsets[-1], limits) for arrival in arrivals]
+    shares = [limits.fullness(len(arrival.batch.events), arrival.batch.offsets[-1]) for arrival in arrivals]
     return sum(shares) / max(1, len(shares))

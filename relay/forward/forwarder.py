@@ -18,10 +18,12 @@ import structlog
 import trio
 
 from relay.config import Config
-from relay.forward.lane import Client, Clocks, ForwardCounts, Lane, LaneStatus
+from relay.forward.counts import ForwardCounts
+from relay.forward.lane import Client, Clocks, Lane, LaneStatus
 from relay.forward.slots import Slots
 from relay.spool.spool import Spool
 from relay.spool.values import Appended, NewBatch, PendingWindow
+from relay.telemetry import Histogram
 
 _PAGE_WINDOWS = 5_000
 """Windows read from disk at a time: 10 ms of the writer's, in which no batch is acknowledged."""
@@ -39,6 +41,12 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     """Requests sent to upstream, by what became of them."""
     batches_by_reason: dict[str, int]
     """Batches sealed, by why they were due."""
+    wait_seconds: Histogram
+    """These batches, by how long the oldest event had waited since its acceptance."""
+    fullness_ratio: Histogram
+    """These batches, by how full they were: the share of the nearer limit."""
+    delivery_seconds: Histogram
+    """Delivered batches, by the time from the oldest event's acceptance to upstream's answer."""
     batches_delivered: int
     """Upstream batches that upstream took."""
     events_delivered: int
@@ -148,7 +156,10 @@ class Forwarder:
         lanes = [lane.status() for lane in self._lanes.values()]
         return ForwardStatistics(
             attempts_by_verdict={verdict.value: count for verdict, count in counts.verdicts.items()},
-            batches_by_reason=dict(counts.sent_by_reason),
+            batches_by_reason=dict(counts.sealed_by_reason),
+            wait_seconds=counts.wait_seconds.copy(),
+            fullness_ratio=counts.fullness_ratio.copy(),
+            delivery_seconds=counts.delivery_seconds.copy(),
             batches_delivered=counts.batches_delivered,
             events_delivered=counts.events_delivered,
             segments_delivered=counts.segments_delivered,

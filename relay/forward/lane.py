@@ -22,6 +22,7 @@ import trio
 
 from relay.config import Config
 from relay.errors import SpoolUnavailable, UpstreamError
+from relay.forward.counts import ForwardCounts
 from relay.forward.slots import Slots
 from relay.http.client import Reply
 from relay.protocol.backoff import Backoff
@@ -90,25 +91,6 @@ class Clocks(msgspec.Struct, frozen=True):
         return min(now, now - (self.wall() - at))
 
 
-class ForwardCounts:
-    """Counters of all lanes, since the start of the process. Plain integers: only trio's thread touches them."""
-
-    def __init__(self) -> None:
-        self.verdicts = dict.fromkeys(Verdict, 0)
-        """Attempts by what became of them."""
-        self.sent_by_reason: dict[str, int] = {}
-        """Batches sealed, by why they were due."""
-        self.batches_delivered = 0
-        self.events_delivered = 0
-        self.segments_delivered = 0
-        self.batches_recut = 0
-        self.batches_dead_lettered = 0
-        self.bytes_sent = 0
-        """Gzip bodies, retries included."""
-        self.attempt_errors = 0
-        """Attempts that ended in an error of ours."""
-
-
 LaneState: TypeAlias = Literal["open", "probing", "held", "limited", "misdirected"]
 
 
@@ -165,8 +147,8 @@ class Lane:
         self._slots = slots
         self._refused = refused
         self._log = log.bind(key=fingerprint(key))
-        limits = Limits(config.batch.max_events, config.batch.max_bytes)
-        self._schedule = Schedule(limits, config.batch.linger_seconds, config.forward.live_share)
+        self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
+        self._schedule = Schedule(self._limits, config.batch.linger_seconds, config.forward.live_share)
         self._budget = make_budget(config.budget.requests_per_minute, config.budget.margin_seconds)
         self._breaker = Breaker(config.forward.breaker_failures)
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
@@ -358,8 +340,11 @@ class Lane:
             next_oldest_at=left_at,
             next_is_closed=load.next_is_closed,
         )
-        reasons = self._counts.sent_by_reason
-        reasons[choice.reason] = reasons.get(choice.reason, 0) + 1
+        self._counts.note_sealed(
+            choice.reason,
+            waited_seconds=self._clocks.wall() - batch.oldest_at,
+            fullness=self._limits.fullness(batch.event_count, batch.events_bytes),
+        )
 
     async def _attempt(self, load: Load) -> None:
         headers = (
@@ -387,10 +372,9 @@ class Lane:
             await self._refuse(load.batch, _RECUTS[verdict], reply, problem)
         elif verdict is Verdict.DELIVERED:
             self._note_success()
+            delivered_at = self._clocks.wall()
             await self._record(lambda: self._spool.settle(load.batch.batch_id))
-            self._counts.batches_delivered += 1
-            self._counts.events_delivered += load.batch.event_count
-            self._counts.segments_delivered += load.batch.segment_count
+            self._counts.note_delivered(load.batch, delivered_at)
             self._go_on(load.batch)
         else:
             self._retry(load.batch, verdict, reply, problem, was_held=was_held)

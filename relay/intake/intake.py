@@ -23,6 +23,7 @@ from relay.protocol.cut import Limits, cut_runs
 from relay.protocol.replay import decode_batch
 from relay.spool.spool import Spool
 from relay.spool.values import NewBatch, NewSegment
+from relay.telemetry import Histogram
 
 REPLAY_PATH = "/api/sdk/replay"
 """As upstream's, so that an SDK's `ingestBaseUrl` may point here."""
@@ -45,7 +46,7 @@ _OK = json_response(200, {"ok": True})
 _INLINE_DECODED_BYTES = 1_048_576
 """Decoding, checking and compressing this much takes about 3 ms; a small body may inflate to far more."""
 
-BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_ACK_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 """Upper bounds of the acknowledgement histogram: one commit is 1 to 30 ms, a struggling disk seconds."""
 
 
@@ -68,10 +69,8 @@ class IntakeStatistics(msgspec.Struct, frozen=True):
     """These, compressed."""
     refused_by_status: dict[int, int]
     """Batches refused by this handler."""
-    ack_seconds: list[int]
-    """Accepted and repeated batches by time from complete body to durable, one count a bucket, the last unbounded."""
-    ack_seconds_sum: float
-    """These times added up."""
+    ack_seconds: Histogram
+    """Accepted and repeated batches by time from complete body to durable."""
 
 
 class Intake:
@@ -105,8 +104,7 @@ class Intake:
         self._accepted = self._repeated = self._events = self._wire_bytes = self._decoded_bytes = 0
         self._segments = self._segment_bytes = 0
         self._refused: dict[int, int] = {}
-        self._ack_counts = [0] * (len(BUCKETS_SECONDS) + 1)
-        self._ack_sum = 0.0
+        self._ack_seconds = Histogram(_ACK_SECONDS)
 
     def route(self) -> Route:
         """Return the route to serve."""
@@ -129,8 +127,7 @@ class Intake:
             segments=self._segments,
             segment_bytes=self._segment_bytes,
             refused_by_status=dict(self._refused),
-            ack_seconds=list(self._ack_counts),
-            ack_seconds_sum=self._ack_sum,
+            ack_seconds=self._ack_seconds.copy(),
         )
 
     async def options(self, request: Request) -> Response:
@@ -216,12 +213,7 @@ class Intake:
         return batch, len(body)
 
     def _count(self, batch: NewBatch, decoded_bytes: int, wire_bytes: int, began: float, *, is_new: bool) -> None:
-        seconds = self._monotonic() - began
-        self._ack_sum += seconds
-        bucket = 0
-        while bucket < len(BUCKETS_SECONDS) and seconds > BUCKETS_SECONDS[bucket]:
-            bucket += 1
-        self._ack_counts[bucket] += 1
+        self._ack_seconds.observe(self._monotonic() - began)
         if not is_new:
             self._repeated += 1
             return

@@ -20,6 +20,7 @@ from relay.errors import SpoolUnavailable
 from relay.http.message import Request, Response, error_response, json_response
 from relay.http.router import Route
 from relay.ops.exposition import CONTENT_TYPE, expose
+from relay.telemetry import Histogram
 
 MAX_ORDER_BYTES = 1_048_576
 """A hundred thousand ids of dead letters."""
@@ -66,17 +67,20 @@ def admit_order(request: Request) -> Response | None:
     return error_response(415, "Declare the body as application/json")
 
 
+def _summarise(histogram: Histogram) -> Any:
+    """Return what `/status` has of the one thing in statistics that is no plain value."""
+    return msgspec.to_builtins(histogram.summary())
+
+
 class Admin:
     """The handlers.
 
     Args:
         observed: The application.
-        buckets: Upper bounds of the acknowledgement histogram, seconds.
     """
 
-    def __init__(self, observed: Observed, buckets: Sequence[float]) -> None:
+    def __init__(self, observed: Observed) -> None:
         self._observed = observed
-        self._buckets = buckets
 
     def routes(self) -> list[Route]:
         """Return the routes to serve."""
@@ -136,7 +140,7 @@ class Admin:
             sources = await self._observed.statistics()
         except SpoolUnavailable as error:
             return error_response(503, str(error))
-        return Response(200, expose(sources, self._buckets), ((b"content-type", CONTENT_TYPE),))
+        return Response(200, expose(sources), ((b"content-type", CONTENT_TYPE),))
 
     async def status(self, _request: Request) -> Response:
         """Answer with everything an operator asks first."""
@@ -148,5 +152,8 @@ class Admin:
             value["warnings"] = [str(error)]
         else:
             value["warnings"] = list(self._observed.warnings(sources))
-            value |= {name: msgspec.to_builtins(statistics, str_keys=True) for name, statistics in sources.items()}
+            value |= {
+                name: msgspec.to_builtins(statistics, str_keys=True, enc_hook=_summarise)
+                for name, statistics in sources.items()
+            }
         return json_response(200, value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -16,24 +16,20 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 
 class _Collector:
-    def __init__(self, sources: Mapping[str, Any], buckets: Sequence[float]) -> None:
+    def __init__(self, sources: Mapping[str, Any]) -> None:
         self._sources = sources
-        self._buckets = buckets
 
     def collect(self) -> Iterator[Family]:
         for metric in METRICS:
-            yield _family(metric, self._sources[metric.source], self._buckets)
+            yield _family(metric, self._sources[metric.source])
 
 
-def _family(metric: Metric, statistics: Any, buckets: Sequence[float]) -> Family:
+def _family(metric: Metric, statistics: Any) -> Family:
     name = PREFIX + metric.name
     value = getattr(statistics, metric.field)
     if metric.kind == "histogram":
         histogram = HistogramMetricFamily(name, metric.help)
-        bounds = [*map(str, buckets), "+Inf"]
-        running = [sum(value[: index + 1]) for index in range(len(bounds))]
-        total = getattr(statistics, f"{metric.field}_sum")
-        histogram.add_metric([], list(zip(bounds, running, strict=True)), sum_value=total)
+        histogram.add_metric([], value.cumulative(), sum_value=value.sum)
         return histogram
     kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
     family = kind(name, metric.help, labels=[metric.label] if metric.label else [])
@@ -42,13 +38,12 @@ def _family(metric: Metric, statistics: Any, buckets: Sequence[float]) -> Family
     return family
 
 
-def expose(sources: Mapping[str, Any], buckets: Sequence[float]) -> bytes:
+def expose(sources: Mapping[str, Any]) -> bytes:
     """Return the exposition.
 
     Args:
         sources: The components' statistics, by the names that `telemetry.Metric.source` uses.
-        buckets: Upper bounds of the acknowledgement histogram, seconds.
     """
     registry = CollectorRegistry()
-    registry.register(_Collector(sources, buckets))
+    registry.register(_Collector(sources))
     return generate_latest(registry)

@@ -134,7 +134,8 @@ def _flatten(name: str, value: Any) -> Iterator[tuple[str, str]]:
     """Yield the figures within a JSON value, with dotted names."""
     members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if members is None:
-        yield name, value if isinstance(value, str) else orjson.dumps(value).decode()
+        shown = round(value, 4) if isinstance(value, float) else value  # what follows is noise to people
+        yield name, shown if isinstance(shown, str) else orjson.dumps(shown).decode()
         return
     for key, member in members:
         yield from _flatten(f"{name}.{key}" if name else str(key), member)

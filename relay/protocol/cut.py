@@ -39,6 +39,10 @@ class Limits(msgspec.Struct, frozen=True):
     max_bytes: int
     """Bytes of the whole body, uncompressed."""
 
+    def fullness(self, events: int, events_bytes: int) -> float:
+        """Return how full a batch is, 0 to 1: its share of the nearer limit; a single larger event is full."""
+        return min(1.0, max(events / self.max_events, events_bytes / self.max_bytes))
+
 
 class Run(msgspec.Struct, frozen=True, gc=False):
     """Consecutive events of one client batch."""

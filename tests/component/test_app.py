@@ -32,7 +32,6 @@ from tests.component.spooling import run_inline
 NOT_METRICS = {
     "account": {"spooled", "is_balanced"},  # sums of others
     "spool": {"refusal"},  # a text; `is_refusing` is its metric
-    "intake": {"ack_seconds_sum"},  # part of the histogram
     "forward": {"lanes", "has_more_on_disk"},  # lanes by properties; the other explains `pending_windows`
 }
 """Fields of the statistics that are in `/status` only, with the reason."""
@@ -135,6 +134,8 @@ async def test_events_go_through(tmp_path: Path) -> None:
         assert (status["ready"], status["reasons"], status["warnings"]) == (True, [], [])
         assert status["listening"] == {"relay": [it.url], "admin": [it.admin_url]}
         assert status["state"] == "running"
+        assert set(status["forward"]["wait_seconds"]) == {"count", "mean", "p50", "p95"}
+        assert status["forward"]["delivery_seconds"]["count"] == status["forward"]["batches_delivered"]
         assert it.sandbox.report()["conflicting_batches"] == 0
 
 
@@ -153,6 +154,7 @@ async def test_every_metric_is_exposed(tmp_path: Path) -> None:
         for metric in METRICS:
             assert PREFIX + metric.name + ("_count" if metric.kind == "histogram" else "") in samples
         assert PREFIX + 'batches_refused_total{status="400"} 1.0' in lines
+        assert PREFIX + 'batch_fullness_ratio_bucket{le="0.1"} 1.0' in lines
         assert KEY not in reply.body.decode()
 
 

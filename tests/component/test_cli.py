@@ -193,7 +193,7 @@ def admin(replies: dict[str, tuple[int, bytes]]) -> Iterator[str]:
             thread.join()
 
 
-STATUS = {"version": "1.2.3", "spool": {"pending_events": 42, "lag_seconds": 1.5}, "lanes": [{"key": "key-a"}]}
+STATUS = {"version": "1.2.3", "spool": {"pending_events": 42, "lag_seconds": 1.50000001}, "lanes": [{"key": "key-a"}]}
 
 
 @pytest.mark.parametrize(("readiness", "status", "word"), [(200, 0, "ready"), (503, 1, "not ready")])

@@ -58,6 +58,27 @@ async def test_full_and_final_do_not_linger(tmp_path: Path, autojump_clock: Mock
         assert [len(arrival.batch.events) for arrival in it.upstream.arrivals] == [count]
 
 
+async def test_scarcity_is_visible(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Each batch is counted by why it was sent, how long its oldest event waited for that, and how full it was."""
+    async with forwarding(tmp_path, answering(500)) as it:
+        await it.accept("s", "w", 0, events=events_of("a", 50))
+        await trio.sleep(2)
+        await it.accept("s", "w", 1, events=events_of("b", 50))
+        await it.drained()
+        await it.accept("t", "w", 0, events=events_of("c", 500))
+        await it.drained()
+        statistics = it.forwarder.statistics()
+        assert statistics.batches_by_reason == {"lingered": 1, "full": 1}
+        assert statistics.wait_seconds.summary().count == 2
+        assert statistics.wait_seconds.sum == pytest.approx(5.0, abs=0.1)
+        assert (statistics.fullness_ratio.counts[1], statistics.fullness_ratio.counts[-2]) == (1, 1)
+        assert statistics.fullness_ratio.sum == pytest.approx(0.2 + 1.0)
+        # The first was refused with a 500 and sent again: that is no further cut, but a longer way upstream.
+        assert statistics.delivery_seconds.summary().count == 2
+        assert statistics.delivery_seconds.sum > statistics.wait_seconds.sum
+        it.assert_each_once()
+
+
 async def test_one_in_flight_per_session(tmp_path: Path, autojump_clock: MockClock) -> None:
     """However much is pending, a session's batches go one after the other (upstream complains of two at once)."""
     async with forwarding(tmp_path, FakeUpstream()) as it:
