@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test run lint tables clean
+.PHONY: demo test run lint soak tables clean
 
 demo: .venv/.ready
 	$(BIN)/lucent-relay demo
@@ -12,6 +12,14 @@ test: .venv/.ready
 
 run: .venv/.ready
 	$(BIN)/lucent-relay run --config config/relay.toml
+
+# Sessions among faults of every kind, SECONDS long, with a plot of what could grow.
+SECONDS ?= 3600
+SEED ?= 1
+soak: .venv/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	mkdir -p bench/results
+	$(BIN)/python -m tests.soak --seconds $(SECONDS) --seed $(SEED) --plot bench/results/soak.png
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .

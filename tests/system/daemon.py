@@ -343,13 +343,14 @@ class Site:
         self._processes.append(process)
         return process
 
-    async def aclose(self) -> None:
-        """End what still runs (rule 1), show all output, and hold relays to rule 3."""
+    async def aclose(self, *, is_shown: bool = True) -> None:
+        """End what still runs (rule 1), show the end of all output, and hold relays to rule 3."""
         for process in reversed(self._processes):
             if process.is_running:
                 process.kill()
-        for process in self._processes:
-            process.show()
+        if is_shown:
+            for process in self._processes:
+                process.show()
         relays = [process for process in self._processes if isinstance(process, Relay)]
         for relay in relays:
             await relay.hang_up()
