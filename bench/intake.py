@@ -197,7 +197,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     with contextlib.ExitStack() as stack:
         servers.pin(cores.load)
         sync_seconds = measure_sync(folder)
-        upstream = stack.enter_context(servers.sink_server(cores.load)) if arguments.upstream == "sink" else None
+        upstream = stack.enter_context(servers.sandbox_server(cores.load, 0)) if arguments.upstream == "sink" else None
         sizes = list(SIZES) if arguments.size == "all" else [arguments.size]
         return Report(
             arguments.durability,

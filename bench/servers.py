@@ -52,6 +52,8 @@ class Server(msgspec.Struct, frozen=True):
     """Its id."""
     address: tuple[str, int]
     """Where it listens."""
+    admin: str = ""
+    """Where its admin listener does, if it has one."""
 
     def usage(self) -> Usage:
         """Return what it has used."""
@@ -88,7 +90,7 @@ def pin(core: int | None) -> None:
 
 @contextlib.contextmanager
 def _spawned(words: list[str], core: int | None, pattern: str) -> Iterator[Server]:
-    """Run a Python module, and wait for the line that names its address."""
+    """Run a Python module, and wait until what it says names its address, and that of its admin listener if any."""
     process = subprocess.Popen(
         [sys.executable, "-m", *words],
         stdout=subprocess.PIPE,
@@ -101,14 +103,14 @@ def _spawned(words: list[str], core: int | None, pattern: str) -> Iterator[Serve
         said = []
         for line in process.stdout:
             said.append(line)
-            found = re.search(pattern, line)
+            found = re.search(pattern, "".join(said), re.DOTALL)
             if found is not None:
                 break
         else:
             raise ChildProcessError(f"{words[0]} did not start:\n{''.join(said)}")
         # What else it says is dropped, so that a full pipe never holds it up.
         threading.Thread(target=deque, args=(process.stdout, 0), daemon=True).start()
-        yield Server(process.pid, (found[1], int(found[2])))
+        yield Server(process.pid, (found[1], int(found[2])), *found.groups()[2:])
     finally:
         process.terminate()
         process.wait(_STOP_SECONDS)
@@ -122,15 +124,17 @@ def noop_server(core: int | None) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def sink_server(core: int | None) -> Iterator[str]:
-    """Run the sandbox as an upstream that takes everything; yields its URL."""
-    words = ["relay", "sandbox", "--listen", "127.0.0.1:0", "--requests-per-minute", "0"]
+def sandbox_server(core: int | None, requests_per_minute: int) -> Iterator[str]:
+    """Run the sandbox, with 0 as an upstream that takes everything; yields its URL."""
+    words = ["relay", "sandbox", "--listen", "127.0.0.1:0", "--requests-per-minute", str(requests_per_minute)]
     with _spawned(words, core, r"http://([\d.]+):(\d+)") as server:
         yield "http://{}:{}".format(*server.address)
 
 
 @contextlib.contextmanager
-def relay_server(core: int | None, spool: Path, durability: str, upstream: str | None) -> Iterator[Server]:
+def relay_server(
+    core: int | None, spool: Path, durability: str, upstream: str | None, requests_per_minute: int = 100
+) -> Iterator[Server]:
     """Run the relay.
 
     Args:
@@ -138,6 +142,7 @@ def relay_server(core: int | None, spool: Path, durability: str, upstream: str |
         spool: Directory of its spool.
         durability: `fsync` or `os`.
         upstream: The ingest API; None for one that is down.
+        requests_per_minute: A key's budget.
     """
     options = {
         "listen.relay": "127.0.0.1:0",
@@ -145,11 +150,13 @@ def relay_server(core: int | None, spool: Path, durability: str, upstream: str |
         "upstream.ingest_url": upstream or _CLOSED_PORT,
         "spool.directory": spool,
         "spool.durability": durability,
+        "budget.requests_per_minute": requests_per_minute,
     }
     words = ["relay", "run"]
     for name, value in options.items():
         words += ["--set", f"{name}={value}"]
-    with _spawned(words, core, r"relay listening.*http://([\d.]+):(\d+)") as server:
+    pattern = r'relay listening" urls=http://([\d.]+):(\d+)\n.*admin listening" urls=http://(\S+)'
+    with _spawned(words, core, pattern) as server:
         yield server
 
 

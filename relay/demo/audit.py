@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import msgspec
@@ -133,16 +133,27 @@ def compare(sent: Events, held: Events) -> Comparison:
     return Comparison(sum(map(len, sent.values())), lost, duplicated, foreign, misordered)
 
 
-def holdings(sandbox: Sandbox) -> dict[WindowId, list[bytes]]:
-    """Return the events that a sandbox holds, in the order in which they would be replayed."""
-    held: dict[WindowId, list[bytes]] = {}
+def listings(sandbox: Sandbox) -> Iterator[Mapping[str, Any]]:
+    """Yield all sessions of a sandbox with their batches, as `GET /sandbox/session` answers."""
     for offset in range(0, sandbox.report()["sessions"], MAX_PAGE):
         for summary in sandbox.sessions(offset, MAX_PAGE):
-            session = sandbox.session(summary["id"]) or {"stored": []}
-            for batch in session["stored"]:
-                envelope = bytes.fromhex(batch["envelope"])
-                events = held.setdefault((summary["id"], batch["window_id"]), [])
-                events += [envelope + bytes.fromhex(digest) for digest in batch["digests"]]
+            session = sandbox.session(summary["id"])
+            if session is not None:
+                yield session
+
+
+def holdings(sessions: Iterable[Mapping[str, Any]]) -> dict[WindowId, list[bytes]]:
+    """Return the events that a sandbox holds, in the order in which they would be replayed.
+
+    Args:
+        sessions: Its listings.
+    """
+    held: dict[WindowId, list[bytes]] = {}
+    for session in sessions:
+        for batch in session["stored"]:
+            envelope = bytes.fromhex(batch["envelope"])
+            events = held.setdefault((session["id"], batch["window_id"]), [])
+            events += [envelope + bytes.fromhex(digest) for digest in batch["digests"]]
     return held
 
 
@@ -154,6 +165,7 @@ def judge(
     *,
     requests_per_minute: int,
     seconds: float,
+    is_drained: bool = True,
 ) -> Result:
     """Add up.
 
@@ -164,15 +176,19 @@ def judge(
         account: The relay's, taken before the report.
         requests_per_minute: A key's budget.
         seconds: How long it took.
+        is_drained: Whether the relay had the time to deliver everything. If not, it was stopped in order, and what is
+            neither upstream nor spooled is lost.
     """
-    problems = _problems(played, comparison, report, account)
+    backlog = 0 if is_drained else account.spooled
+    comparison = msgspec.structs.replace(comparison, lost=comparison.lost - backlog)
+    problems = _problems(played, comparison, report, account, backlog)
     return Result(
         exactly_once=not problems,
         problems=problems,
         sessions=played.sessions,
         recorded_batches=played.recorded_batches,
         events_accepted=played.events_accepted,
-        events_delivered=comparison.sent - comparison.lost,
+        events_delivered=comparison.sent - comparison.lost - backlog,
         events_lost=comparison.lost,
         events_duplicated=comparison.duplicated,
         events_foreign=comparison.foreign,
@@ -190,15 +206,17 @@ def judge(
     )
 
 
-def _problems(played: Played, comparison: Comparison, report: Mapping[str, Any], account: Account) -> list[str]:
-    """Return everything that is wrong, causes before their consequences."""
+def _problems(
+    played: Played, comparison: Comparison, report: Mapping[str, Any], account: Account, backlog: int
+) -> list[str]:
+    """Return everything that is wrong, causes before their consequences; `backlog` events may be spooled."""
     unsent = played.batches - played.batches_accepted - played.batches_refused
     violations = sum(report["violations"].values())
     trouble = f" ({played.trouble})" if played.trouble else ""
     found = [
         (unsent, f"{unsent:,} of {played.batches:,} client batches were not accepted in time{trouble}"),
         (played.batches_refused, f"{played.batches_refused:,} client batches were refused by the relay{trouble}"),
-        (account.spooled, f"{account.spooled:,} accepted events are still in the relay's spool"),
+        (account.spooled - backlog, f"{account.spooled:,} accepted events are still in the relay's spool"),
         (violations, f"{violations:,} upstream batches broke upstream's rules"),
         (report["conflicting_batches"], "two upstream batches bore the same number and said different things"),
         (report["after_final_batches"], "a session went on upstream after its final batch"),

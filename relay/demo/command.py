@@ -21,7 +21,7 @@ import trio
 
 from relay.app import Relay, serve
 from relay.config import Config, Listen, Log, Spool, Upstream
-from relay.demo.audit import Result, compare, holdings, judge
+from relay.demo.audit import Result, compare, holdings, judge, listings
 from relay.demo.display import Display, Progress, open_display, print_result
 from relay.demo.player import CONNECTIONS, Player
 from relay.demo.session import load_recordings
@@ -157,7 +157,7 @@ async def perform(player: Player, directory: str, timeout: float, display: Displ
         upstream.cancel_scope.cancel()
     return judge(
         player.played(),
-        compare(player.ledger, holdings(sandbox)),
+        compare(player.ledger, holdings(listings(sandbox))),
         sandbox.report(),
         account,
         requests_per_minute=settings.requests_per_minute,

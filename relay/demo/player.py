@@ -4,7 +4,7 @@ Rules:
 1. A session sends one batch at a time, in order, and comes again with the same batch until it has an answer: that
    is how SDKs behave, and what makes "sent" a promise the relay has to keep.
 2. A batch is in the ledger from before its first byte is sent.
-3. All sessions share a few keep-alive connections.
+3. All sessions share keep-alive connections, a few unless told otherwise.
 """
 
 from __future__ import annotations
@@ -40,12 +40,15 @@ class Player:
         recordings: What there is to play; at least one.
         sessions: How many to play. Beyond the recordings they are played again, under other session ids.
         speed: How many times as fast as recorded.
+        connections: How many batches may be under way at a time.
     """
 
-    def __init__(self, recordings: Sequence[Recording], sessions: int, speed: float) -> None:
+    def __init__(
+        self, recordings: Sequence[Recording], sessions: int, speed: float, connections: int = CONNECTIONS
+    ) -> None:
         self._sessions = list(choose_sessions(recordings, sessions))
         self._speed = speed
-        self._slots = trio.CapacityLimiter(CONNECTIONS)
+        self._slots = trio.CapacityLimiter(connections)
         self._accepted = self._refused = self._requests = self._events = self._wire_bytes = self._json_bytes = 0
         self._trouble = ""
         self.sessions_done = 0

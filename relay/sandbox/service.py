@@ -218,6 +218,7 @@ class Sandbox:
             decoded_bytes=len(text),
             envelope=envelope_digest(value),
             digests=b"".join(event_digest(event) for event in split_events(text)),
+            at_seconds=self._elapsed_seconds(),
         )
         return as_utf8(value["session"]["id"]), batch
 

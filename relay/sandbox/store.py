@@ -62,6 +62,8 @@ class StoredBatch(msgspec.Struct, frozen=True):
     """`envelope_digest` of the batch."""
     digests: bytes
     """`event_digest` of each event, in order, concatenated."""
+    at_seconds: float = 0.0
+    """When it was stored, since the sandbox's start."""
 
     @property
     def event_count(self) -> int:
@@ -129,6 +131,7 @@ class Session(msgspec.Struct):
                     "events": batch.event_count,
                     "bytes": batch.decoded_bytes,
                     "order": order,
+                    "at_seconds": round(batch.at_seconds, 3),
                     "envelope": batch.envelope.hex(),
                     "digests": [digest.hex() for digest in batch.event_digests()],
                 }

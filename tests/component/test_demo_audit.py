@@ -9,7 +9,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.demo.audit import Comparison, Played, compare, holdings, judge
+from relay.demo.audit import Comparison, Played, compare, holdings, judge, listings
 from relay.demo.session import encode_batch, event_identities, recut
 from relay.http.message import Request
 from relay.sandbox.report import Report
@@ -106,7 +106,7 @@ async def test_holdings_are_what_was_sent() -> None:
         headers = {b"x-lucent-api-key": b"luc_pk_x"}
         request = Request("POST", REPLAY_PATH, b"", headers, encode_batch(batch, "s", sequence))
         assert (await sandbox.replay(request)).status == 200
-    held = holdings(sandbox)
+    held = holdings(listings(sandbox))
     assert held == ledger
     assert compare(ledger, held) == Comparison(33)
 
@@ -149,6 +149,17 @@ def test_every_witness_can_say_no() -> None:
     assert verdict(replace(PLAYED, batches_accepted=3, batches_refused=1, trouble="last: 400")) == [
         "1 client batches were refused by the relay (last: 400)"
     ]
+
+
+def test_a_backlog_on_disk_is_no_loss() -> None:
+    """Of a relay that was stopped before it was done, only what is neither upstream nor spooled is lost."""
+    replace = msgspec.structs.replace
+    account, report = replace(ACCOUNT, delivered=15, pending=5, spooled=5), {**REPORT, "events": 15}
+    for missing, lost in ((5, 0), (6, 1)):
+        comparison = replace(CLEAN, lost=missing)
+        result = judge(PLAYED, comparison, report, account, requests_per_minute=100, seconds=1.0, is_drained=False)
+        assert (result.events_lost, result.events_delivered) == (lost, 20 - missing)
+        assert result.problems == ["1 events that were sent are not upstream"] * lost
 
 
 def test_time_that_is_up_is_no_contradiction() -> None:

@@ -70,7 +70,7 @@ def assert_adds_up(report: dict[str, Any]) -> None:
     assert accepted == responses.get("200", 0) + injected["drop_after"]
 
 
-async def test_a_batch_is_taken_and_remembered() -> None:
+async def test_a_batch_is_taken_and_remembered(autojump_clock: MockClock) -> None:
     """The answer is upstream's, and the session shows counts and digests of what came."""
     sandbox = make_sandbox()
     batch = make_batch(3, flush="final")
@@ -93,6 +93,7 @@ async def test_a_batch_is_taken_and_remembered() -> None:
                 "events": 2,
                 "bytes": len(body),
                 "order": 1,
+                "at_seconds": 0.0,
                 "envelope": envelope_digest(batch).hex(),
                 "digests": [event_digest(event).hex() for event in events],
             }

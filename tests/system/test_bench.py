@@ -1,4 +1,8 @@
-"""The benchmarks run, and report what they say they do; how fast anything is, no test says."""
+"""The benchmarks run, and report what they say they do; how fast anything is, no test says.
+
+The crowd is more than that: it is the whole relay at life's pace on a key that is too small, for as long as a test may
+take. `python -m bench.crowd` does the same for ten minutes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.accounting import assert_accounted
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -34,4 +40,31 @@ def test_intake_benchmark_reports(tmp_path: Path) -> None:
         assert 0 < found["p50_ms"] <= found["p99_ms"]
     assert size["ratios"] == [size["relay"][0]["requests_per_second"] / size["noop"][0]["requests_per_second"]]
     assert size["spool_megabytes"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_crowd_on_one_key(tmp_path: Path) -> None:
+    """A hundred recorded sessions on one key: nothing is lost, no 429 is caused, and no request is wasted."""
+    words = ["--sessions", "100", "--seconds", "75", "--json", "--directory", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench.crowd", *words],
+        cwd=CHECKOUT,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.decode()) == (0, "")
+    report = json.loads(ended.stdout)
+    assert report["problems"] == []
+    result, account = report["result"], report["account"]
+    assert result["exactly_once"]
+    assert (result["events_lost"], result["events_duplicated"], result["events_misordered"]) == (0, 0, 0)
+    assert result["rate_limited"] == 0
+    # The key is too small for all of this, and what it carried was carried well.
+    assert report["fewest_of_all"] > report["seconds"] / 60 * report["requests_per_minute"]
+    assert report["saturated_requests"] > 0
+    assert report["saturated_ratio"] <= 1.05
+    assert account["spooled"] > 0
+    assert_accounted(account, accepted=result["events_accepted"], delivered=result["events_delivered"])
     assert list(tmp_path.iterdir()) == []
