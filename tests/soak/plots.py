@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from tests.soak.soak import Found
 
@@ -43,5 +44,6 @@ def draw(found: Found, file: Path) -> None:
         axes.axvline(found.quiet_from, color="grey", linestyle=":")
         for struck in found.struck:
             axes.axvspan(struck.since, struck.until, color=colors[struck.name], alpha=0.15, linewidth=0)
-    figure.suptitle("  ".join(f"{name} ({color})" for name, color in colors.items()), fontsize=7)
+    shades = [Patch(color=color, alpha=0.3, label=name.replace("_", " ")) for name, color in colors.items()]
+    figure.legend(handles=shades, loc="outside upper center", ncols=6)
     figure.savefig(file, dpi=_DOTS_PER_INCH)
