@@ -181,7 +181,7 @@ async def restart(site: Site, chance: random.Random) -> None:
 
 
 async def full_disk(site: Site, chance: random.Random) -> None:
-    """Somebody else fills the file system to its last byte."""
+    """Somebody else fills the file system to its last byte, while upstream is down and when it is back."""
     filler = site.directory / "spool" / "filler"
     try:
         with filler.open("wb", buffering=0) as file:
@@ -191,6 +191,7 @@ async def full_disk(site: Site, chance: random.Random) -> None:
                         pass
             except OSError:
                 pass
+        await outage(site, chance)
         await trio.sleep(chance.uniform(1, 4))
     finally:
         filler.unlink(missing_ok=True)
