@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import gzip
 import json
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -354,3 +356,19 @@ async def test_counters_add_up(tmp_path: Path, autojump_clock: MockClock) -> Non
         expected |= {"wire_bytes": len(wire), "decoded_bytes": len(body), "refused_by_status": {400: 1}}  # type: ignore[dict-item]
         assert {name: counted[name] for name in expected} == expected
         assert counted["ack_seconds"].summary().count == 2
+
+
+async def test_refused_bodies_leave_memory_at_once(tmp_path: Path) -> None:
+    """What a body that was refused in a thread took is given back at once, not with the next collection of garbage."""
+    bombs = [gzip.compress(bytes(100_000_000)), gzip.compress(b'{"session": "%b"}' % bytes(20_000_000))]
+    async with ingesting(tmp_path) as ingest:
+        gc.collect()
+        gc.disable()
+        tracemalloc.start()
+        try:
+            for bomb in bombs:
+                assert (await ingest.ask(bomb)).status in (400, 413)
+                assert tracemalloc.get_traced_memory()[0] < 1_000_000
+        finally:
+            tracemalloc.stop()
+            gc.enable()
