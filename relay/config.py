@@ -446,7 +446,7 @@ class Spool(Section, frozen=True):
         Meta(
             ge=1_000,
             description=(
-                "Client batches remembered for that; the oldest are forgotten first. About 40 bytes each on disk."
+                "Client batches remembered for that; the oldest are forgotten first. About 70 bytes each on disk."
             ),
         ),
     ] = 2_000_000

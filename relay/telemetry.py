@@ -127,6 +127,10 @@ METRICS = (
     # Intake.
     Metric("batches_accepted_total", "counter", "Client batches stored.", "intake", "batches_accepted"),
     Metric("batches_repeated_total", "counter", "Client batches recognised as stored.", "intake", "batches_repeated"),
+    Metric(
+        "batches_reused_total", "counter", "Stored, with the sequence of another.", "intake", "batches_reused", "kind"
+    ),
+    Metric("finals_late_total", "counter", "Finals said first by a repeat, and too late.", "intake", "finals_late"),
     Metric("batches_refused_total", "counter", "Client batches refused.", "intake", "refused_by_status", "status"),
     Metric("intake_events_total", "counter", "Events accepted by this process.", "intake", "events_accepted"),
     Metric("intake_wire_bytes_total", "counter", "Accepted bodies as received.", "intake", "wire_bytes"),

@@ -8,7 +8,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 import trio
@@ -18,11 +19,13 @@ from relay.errors import RefusedBatch, SpoolUnavailable, TooLarge
 from relay.http.message import HeaderList, Request, Response, error_response, json_response
 from relay.http.router import Route
 from relay.intake.keys import KeyPolicy
-from relay.protocol.codings import SegmentDeflater, crc32, inflate
-from relay.protocol.cut import Limits, cut_runs
-from relay.protocol.replay import decode_batch
+from relay.protocol.codings import SegmentDeflater, inflate
+from relay.protocol.cut import Limits
+from relay.protocol.replay import ClientBatch, decode_batch
+from relay.protocol.reuse import Earlier, Known, Stored, find_known
+from relay.spool.segments import make_new_batch
 from relay.spool.spool import Spool
-from relay.spool.values import NewBatch, NewSegment
+from relay.spool.values import NewBatch
 from relay.telemetry import Histogram
 
 REPLAY_PATH = "/api/sdk/replay"
@@ -58,7 +61,11 @@ class IntakeStatistics(msgspec.Struct, frozen=True):
     batches_repeated: int
     """Client batches recognised as stored before, and answered 200."""
     events_accepted: int
-    """Events of the accepted ones."""
+    """Events of the accepted ones; of a batch that reused a sequence, the new ones."""
+    batches_reused: dict[str, int]
+    """Accepted batches that bore the sequence of another one: `grown`, where they began like it, or `other`."""
+    finals_late: int
+    """Batches that said only when repeated that they end their session, when they were on their way upstream."""
     wire_bytes: int
     """Bodies of the accepted ones as received."""
     decoded_bytes: int
@@ -103,6 +110,8 @@ class Intake:
         self._decodes = trio.CapacityLimiter(config.intake.max_decodes)
         self._accepted = self._repeated = self._events = self._wire_bytes = self._decoded_bytes = 0
         self._segments = self._segment_bytes = 0
+        self._reused = {"grown": 0, "other": 0}
+        self._finals_late = 0
         self._refused: dict[int, int] = {}
         self._ack_seconds = Histogram(_ACK_SECONDS)
 
@@ -122,6 +131,8 @@ class Intake:
             batches_accepted=self._accepted,
             batches_repeated=self._repeated,
             events_accepted=self._events,
+            batches_reused=dict(self._reused),
+            finals_late=self._finals_late,
             wire_bytes=self._wire_bytes,
             decoded_bytes=self._decoded_bytes,
             segments=self._segments,
@@ -159,16 +170,21 @@ class Intake:
             return self._refuse(refusal.status, str(refusal), refusal)
         try:
             appended = await self._spool.append(batch)
+            while appended.outcome == "differs":
+                compare = partial(self._prepare_rest, key, request, appended.earlier)
+                batch = await self._spool.read_stored(compare)
+                appended = await self._spool.append(batch)
         except SpoolUnavailable as error:
             return self._unavailable(str(error))
         if appended.outcome == "too_many_keys":
             return self._unavailable("the relay holds batches of as many keys as it may (keys.max_keys)")
-        if appended.outcome == "sequence_full":
+        if appended.outcome == "numbers_used_up":
             return self._refuse(
                 413,
-                f"Sequence {batch.sequence} is shared by windows of the session that have too many events together: "
-                "send this batch with a sequence of its own",
+                f"Sequence {batch.sequence} has no room for this batch, and the session has used the highest there is: "
+                "send it with a lower sequence that is not in use",
             )
+        self._finals_late += appended.final == "too late"
         self._count(batch, size, len(request.body), began, is_new=appended.outcome == "stored")
         return _OK
 
@@ -200,29 +216,23 @@ class Intake:
         self, key: str, request: Request, max_decoded_bytes: int, deflater: SegmentDeflater
     ) -> tuple[NewBatch, int]:
         """Decode, validate, cut and compress; returns the batch and the size of its JSON. Runs in any thread."""
+        decoded, size = self._read(request, max_decoded_bytes)
+        return self._cut(key, decoded, deflater), size
+
+    def _prepare_rest(self, key: str, request: Request, earlier: Sequence[Earlier], stored: Stored) -> NewBatch:
+        """Prepare what is new in a batch whose sequence was used before (`protocol/reuse.py`). Runs in any thread."""
+        decoded, _ = self._read(request, self._settings.max_decoded_bytes)
+        return self._cut(key, decoded, SegmentDeflater(), find_known(decoded, earlier, stored))
+
+    def _read(self, request: Request, max_decoded_bytes: int) -> tuple[ClientBatch, int]:
+        """Inflate, decode and validate; returns the batch and the size of its JSON."""
         coding = request.header(b"content-encoding").decode("latin-1")
         body = inflate(request.body, coding, max_decoded_bytes)
-        decoded = decode_batch(body, self._settings.max_envelope_bytes)
-        segments = tuple(
-            NewSegment(run.index, run.event_count, len(run.events), crc32(run.events), deflater.deflate(run.events))
-            for run in cut_runs(decoded, self._limits)
-        )
-        upstream_key, *other_keys = self._keys.upstream_keys(key, decoded.session_id)
-        batch = NewBatch(
-            upstream_key,
-            decoded.session_id,
-            decoded.window_id,
-            decoded.sequence,
-            decoded.is_final,
-            decoded.last_activity,
-            decoded.envelope,
-            decoded.envelope.digest,
-            decoded.event_count,
-            segments,
-            self._wall_clock(),
-            tuple(other_keys),
-        )
-        return batch, len(body)
+        return decode_batch(body, self._settings.max_envelope_bytes), len(body)
+
+    def _cut(self, key: str, decoded: ClientBatch, deflater: SegmentDeflater, known: Known | None = None) -> NewBatch:
+        keys = self._keys.upstream_keys(key, decoded.session_id)
+        return make_new_batch(decoded, self._limits, deflater, keys, self._wall_clock(), known)
 
     def _count(self, batch: NewBatch, decoded_bytes: int, wire_bytes: int, began: float, *, is_new: bool) -> None:
         self._ack_seconds.observe(self._monotonic() - began)
@@ -230,6 +240,8 @@ class Intake:
             self._repeated += 1
             return
         self._accepted += 1
+        if batch.known is not None:
+            self._reused["grown" if batch.known.event_count else "other"] += 1
         self._events += batch.event_count
         self._wire_bytes += wire_bytes
         self._decoded_bytes += decoded_bytes

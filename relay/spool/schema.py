@@ -12,7 +12,8 @@ Rules:
    upstream has refused that batch and it is cut into smaller ones.
 3. `counter` holds what cannot be recomputed (events accepted, delivered, …); what lies in the spool is counted there.
 4. `mark` remembers client batches for longer than their events are kept. Row ids grow with time, so old marks are
-   found without an index.
+   found without an index. `block` is where a batch's events are numbered, its sequence but for clients that reuse one;
+   only these have an entry in the second index.
 5. Row ids that live in memory too (key, session, window, batch), or that an operator has seen (dead letter), are never
    used twice.
 6. `attempt` remembers the sends of the last minute, so that a restart spends no budget twice.
@@ -31,7 +32,7 @@ import apsw
 
 from relay.errors import SpoolLocked, SpoolSchemaMismatch, SpoolUnavailable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Kept in `user_version`. A change of any table below is a new version."""
 
 APPLICATION_ID = 0x4C52_6C79
@@ -55,14 +56,18 @@ CREATE TABLE session (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key_id INTEGER NOT NULL, name TEXT NOT NULL, refusals INTEGER NOT NULL,
     UNIQUE (key_id, name));
 CREATE TABLE window (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, name TEXT NOT NULL, UNIQUE (session_id, name));
+    id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, name TEXT NOT NULL, shift INTEGER NOT NULL,
+    UNIQUE (session_id, name));
 CREATE TABLE envelope (
     id INTEGER PRIMARY KEY, window_id INTEGER NOT NULL, digest BLOB NOT NULL,
     head BLOB NOT NULL, tail BLOB NOT NULL, UNIQUE (window_id, digest));
 CREATE TABLE mark (
-    id INTEGER PRIMARY KEY, session_id INTEGER NOT NULL, sequence INTEGER NOT NULL, window_id INTEGER NOT NULL,
-    first_index INTEGER NOT NULL, events INTEGER NOT NULL, accepted_at REAL NOT NULL);
-CREATE UNIQUE INDEX mark_identity ON mark (session_id, sequence, window_id, first_index, events);
+    id INTEGER PRIMARY KEY, session_id INTEGER NOT NULL, block INTEGER NOT NULL, window_id INTEGER NOT NULL,
+    first_index INTEGER NOT NULL, events INTEGER NOT NULL, sequence INTEGER NOT NULL, known_events INTEGER NOT NULL,
+    known_in INTEGER NOT NULL, events_bytes INTEGER NOT NULL, crc INTEGER NOT NULL, is_final INTEGER NOT NULL,
+    accepted_at REAL NOT NULL);
+CREATE UNIQUE INDEX mark_block ON mark (session_id, block, window_id, first_index, events);
+CREATE INDEX mark_moved ON mark (window_id, sequence) WHERE block <> sequence;
 CREATE TABLE segment (
     window_id INTEGER NOT NULL, address INTEGER NOT NULL, events INTEGER NOT NULL, events_bytes INTEGER NOT NULL,
     crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL, is_final INTEGER NOT NULL,

@@ -12,11 +12,58 @@ from typing import Any
 import apsw
 
 from relay.protocol.codings import SegmentDeflater, crc32, inflate_segment
+from relay.protocol.cut import Limits, cut_runs
 from relay.protocol.node_json import split_events
-from relay.protocol.replay import Envelope
+from relay.protocol.replay import ClientBatch, Envelope
+from relay.protocol.reuse import Known, rest_of
+from relay.spool.values import NewBatch, NewSegment
 
 _CACHE_ENTRIES = 5_000
 """Rows of envelopes remembered, about 500 bytes each; a miss costs an index look-up, 2 µs."""
+
+
+def make_new_batch(
+    batch: ClientBatch,
+    limits: Limits,
+    deflater: SegmentDeflater,
+    keys: Sequence[str],
+    accepted_at: float,
+    known: Known | None = None,
+) -> NewBatch:
+    """Cut and compress a client batch for the spool, or of one that was compared what is new in it.
+
+    Args:
+        batch: As it was sent.
+        limits: Of an upstream batch.
+        deflater: Of the calling thread.
+        keys: The upstream key of its session, and the rest of the pool.
+        accepted_at: Wall clock.
+        known: What of it was stored before.
+    """
+    new = rest_of(batch, known) if known else batch
+    segments = tuple(
+        NewSegment(run.index, run.event_count, len(run.events), crc32(run.events), deflater.deflate(run.events))
+        for run in (cut_runs(new, limits) if new.event_count else ())
+    )
+    is_one_run = new is batch and len(segments) == 1
+    return NewBatch(
+        keys[0],
+        batch.session_id,
+        batch.window_id,
+        batch.sequence,
+        batch.is_final,
+        batch.last_activity,
+        batch.envelope,
+        batch.envelope.digest,
+        new.event_count,
+        segments,
+        accepted_at,
+        batch.event_count,
+        len(batch.events),
+        segments[0].crc if is_one_run else crc32(batch.events),
+        known,
+        tuple(keys[1:]),
+    )
 
 
 class Segments:

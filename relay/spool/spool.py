@@ -29,8 +29,10 @@ import trio
 from relay.config import Spool as SpoolSettings
 from relay.errors import SpoolUnavailable
 from relay.protocol.cut import Limits
+from relay.protocol.reuse import Stored
 from relay.spool import schema
 from relay.spool.dead_letters import LETTERS_A_STEP, letter_ids
+from relay.spool.marks import read_events
 from relay.spool.store import Step, Store
 from relay.spool.values import (
     Account,
@@ -174,6 +176,10 @@ class Spool:
     async def append(self, batch: NewBatch) -> Appended:
         """Store a client batch.
 
+        Returns:
+            What became of it. Where it `differs`, it is to be compared (`read_stored`), and appended with what is
+            `known` of it; that may be answered `differs` again, where the sequence was used once more meanwhile.
+
         Durability: on return with `stored` or `repeated`, the batch is on disk as `spool.durability` says.
 
         Raises:
@@ -191,6 +197,15 @@ class Spool:
     def _announce_appended(self, batch: NewBatch, appended: Appended) -> None:
         if appended.outcome == "stored":
             self.on_appended(appended, batch)
+        elif isinstance(appended.final, PendingWindow):
+            self.on_pending((appended.final,))
+
+    async def read_stored(self, work: Callable[[Stored], T]) -> T:
+        """Run `work` in the reader's thread, with what reads the events of stored batches; one such at a time.
+
+        It is not the writer's, so however much there is to compare, no commit waits for it.
+        """
+        return await self._read(lambda: work(partial(read_events, self._reader)))
 
     # -- what goes out
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import apsw
 
@@ -29,8 +29,8 @@ from relay.protocol.cut import (
     take,
 )
 from relay.protocol.replay import Envelope
-from relay.protocol.schema import MAX_BATCH_EVENTS
 from relay.spool.dead_letters import DeadLetters
+from relay.spool.marks import Marks
 from relay.spool.retention import Retention
 from relay.spool.schema import free_bytes
 from relay.spool.segments import Segments
@@ -62,6 +62,9 @@ _SELECT = (
 
 Step = Callable[[], Any]
 
+_Rows: TypeAlias = tuple[int, int, int, str, int]
+"""Rows of a key, a session and a window, the key, and the window's shift (`Marks`, rule 4)."""
+
 
 class Store:
     """One spool database and what is remembered of it in memory.
@@ -77,6 +80,7 @@ class Store:
         self._limits = limits
         self._max_keys = max_keys
         self._segments = Segments(connection)
+        self._marks = Marks(connection)
         self.retention = Retention(connection, lambda: self._windows.clear())
         """What is remembered of batches, and for how long."""
         self.dead_letters = DeadLetters(connection, self._segments, self._count)
@@ -85,7 +89,7 @@ class Store:
 
     def _reset(self) -> None:
         """Forget everything that a rolled-back transaction may have put into memory."""
-        self._windows: OrderedDict[tuple[str, str, str], tuple[int, int, int, str]] = OrderedDict()
+        self._windows: OrderedDict[tuple[str, str, str], _Rows] = OrderedDict()
         self._segments.reset()
         self.dead_letters.reset()
         self._deltas: dict[str, int] = {}
@@ -178,28 +182,24 @@ class Store:
         rows = self._window_rows(batch)
         if rows is None:
             return Appended("too_many_keys")
-        key_id, session_id, window_id, key = rows
-        first_index = 0
-        for other, first, events in self._all(
-            "SELECT window_id, first_index, events FROM mark WHERE session_id = ? AND sequence = ?",
-            (session_id, batch.sequence),
-        ):
-            if other == window_id:
-                return Appended("repeated", key_id, session_id, window_id, key)
-            first_index = max(first_index, first + events)
-        if first_index + batch.event_count > MAX_BATCH_EVENTS:
-            return Appended("sequence_full")
-        self._db.execute(
-            "INSERT INTO mark VALUES (NULL, ?, ?, ?, ?, ?, ?)",
-            (session_id, batch.sequence, window_id, first_index, batch.event_count, batch.accepted_at),
-        )
+        key_id, session_id, window_id, key, shift = rows
+        place = self._marks.find_place(batch, session_id, window_id, shift)
+        if place.outcome == "repeated":
+            final = self._marks.end_with(place.mark_id) if batch.is_final else "as before"
+            return Appended("repeated", *rows[:4], final=final)
+        if place.outcome != "new":
+            return Appended(place.outcome, earlier=place.earlier)
+        self._marks.add(batch, session_id, window_id, place)
+        if place.block - batch.sequence > shift:
+            self._db.execute("UPDATE window SET shift = ? WHERE id = ?", (place.block - batch.sequence, window_id))
+            self._windows.clear()  # a pool's keys may have led to the window several times
         envelope_id = self._segments.keep_envelope(window_id, batch.digest, batch.envelope)
         last = len(batch.segments) - 1
         for position, segment in enumerate(batch.segments):
             body_id = self._segments.add_body(segment.deflated)
             self._segments.add(
                 window_id,
-                address(batch.sequence, first_index + segment.index),
+                address(place.block, place.first_index + segment.index),
                 segment.event_count,
                 segment.events_bytes,
                 segment.crc,
@@ -213,8 +213,8 @@ class Store:
         self._count("accepted", batch.event_count)
         return Appended("stored", key_id, session_id, window_id, key)
 
-    def _window_rows(self, batch: NewBatch) -> tuple[int, int, int, str] | None:
-        """Return the rows of key, session and window, made where needed, and the key; None for a key too many."""
+    def _window_rows(self, batch: NewBatch) -> _Rows | None:
+        """Return key, session and window, made where needed; None for a key too many."""
         identity = (batch.key, batch.session_id, batch.window_id)
         rows = self._windows.get(identity)
         if rows is not None:
@@ -229,10 +229,11 @@ class Store:
         session_id = self._one("SELECT id FROM session WHERE key_id = ? AND name = ?", (key_id, batch.session_id))
         if session_id is None:
             session_id = self._insert("INSERT INTO session VALUES (NULL, ?, ?, 0)", key_id, batch.session_id)
-        window_id = self._one("SELECT id FROM window WHERE session_id = ? AND name = ?", (session_id, batch.window_id))
+        known = "SELECT id, shift FROM window WHERE session_id = ? AND name = ?"
+        window_id, shift = self._db.execute(known, (session_id, batch.window_id)).fetchone() or (None, 0)
         if window_id is None:
-            window_id = self._insert("INSERT INTO window VALUES (NULL, ?, ?)", session_id, batch.window_id)
-        self._windows[identity] = rows = (key_id, session_id, window_id, key)
+            window_id = self._insert("INSERT INTO window VALUES (NULL, ?, ?, 0)", session_id, batch.window_id)
+        self._windows[identity] = rows = (key_id, session_id, window_id, key, shift)
         if len(self._windows) > _CACHE_ENTRIES:
             self._windows.popitem(last=False)
         return rows

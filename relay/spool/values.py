@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from relay.protocol.replay import Envelope
+from relay.protocol.reuse import Earlier, Known
 
 
 class NewSegment(msgspec.Struct, frozen=True, gc=False):
@@ -46,9 +47,17 @@ class NewBatch(msgspec.Struct, frozen=True, gc=False):
     event_count: int
     """Sum over the segments."""
     segments: tuple[NewSegment, ...]
-    """In order, without gaps."""
+    """In order, without gaps; of a batch that was compared (`known`) only what is new, which may be nothing."""
     accepted_at: float
     """Wall clock, seconds."""
+    sent_events: int
+    """Events of the batch as it was sent."""
+    sent_bytes: int
+    """These, joined by commas, as they were sent."""
+    sent_crc: int
+    """CRC-32 of that."""
+    known: Known | None = None
+    """What of it was stored before; None as long as nobody has had to compare it."""
     other_keys: tuple[str, ...] = ()
     """The rest of the key's pool. A session that is known under one of them stays there."""
 
@@ -56,9 +65,10 @@ class NewBatch(msgspec.Struct, frozen=True, gc=False):
 class Appended(msgspec.Struct, frozen=True, gc=False):
     """What became of a `NewBatch`."""
 
-    outcome: Literal["stored", "repeated", "sequence_full", "too_many_keys"]
-    """`repeated`: this (key, session, window, sequence) was accepted before. `sequence_full`: the session's windows
-    share this sequence and its 16 384 addresses are used up. Only `stored` changed anything."""
+    outcome: Literal["stored", "repeated", "differs", "numbers_used_up", "too_many_keys"]
+    """`repeated`: all of its events were accepted before. `differs`: its sequence was used for other content, with
+    which it has to be compared. `numbers_used_up`: the session has used the highest sequence there is. Only what is
+    `stored` is counted as accepted."""
     key_id: int = 0
     """Row of the upstream key."""
     session_id: int = 0
@@ -67,6 +77,10 @@ class Appended(msgspec.Struct, frozen=True, gc=False):
     """Row of the window."""
     key: str = ""
     """The key's secret: the batch's own, or that of its `other_keys` under which the session is known."""
+    earlier: tuple[Earlier, ...] = ()
+    """What a batch that `differs` has to be compared with."""
+    final: PendingWindow | Literal["as before", "too late"] = "as before"
+    """Of a repeated one that ends its session: whether the stored one does so now too (`Marks.end_with`)."""
 
 
 class PendingWindow(msgspec.Struct, frozen=True, gc=False):

@@ -9,11 +9,13 @@ from typing import Any
 
 import msgspec
 
-from relay.protocol.codings import SegmentDeflater, crc32
-from relay.protocol.cut import Limits, cut_runs
+from relay.protocol.codings import SegmentDeflater
+from relay.protocol.cut import Limits
 from relay.protocol.replay import decode_batch
+from relay.protocol.reuse import Known
 from relay.sandbox.body import split_events
-from relay.spool.values import NewBatch, NewSegment
+from relay.spool.segments import make_new_batch
+from relay.spool.values import NewBatch
 
 LIMITS = Limits(500, 1_048_576)
 """Upstream's own."""
@@ -50,18 +52,11 @@ def make_body(
     return json.dumps(batch).encode().replace(b'"events": []', b'"events":[%b]' % b",".join(events))
 
 
-def make_batch(body: bytes, *, key: str = KEY, limits: Limits = LIMITS, accepted_at: float = 0.0) -> NewBatch:
+def make_batch(
+    body: bytes, *, key: str = KEY, limits: Limits = LIMITS, accepted_at: float = 0.0, known: Known | None = None
+) -> NewBatch:
     """Return a body as the spool takes it."""
-    decoded = decode_batch(body, 262_144)
-    deflater = SegmentDeflater()
-    segments = tuple(
-        NewSegment(run.index, run.event_count, len(run.events), crc32(run.events), deflater.deflate(run.events))
-        for run in cut_runs(decoded, limits)
-    )
-    return NewBatch(
-        *(key, decoded.session_id, decoded.window_id, decoded.sequence, decoded.is_final, decoded.last_activity),
-        *(decoded.envelope, decoded.envelope.digest, decoded.event_count, segments, accepted_at),
-    )
+    return make_new_batch(decode_batch(body, 262_144), limits, SegmentDeflater(), [key], accepted_at, known)
 
 
 class UpstreamBatch(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ from relay.config import Config, Keys
 from relay.http.message import Request, Response
 from relay.http.router import Match, Router
 from relay.intake.intake import REPLAY_PATH, Intake
+from relay.protocol.schema import MAX_SEQUENCE
 from relay.spool.spool import Run, Spool
 from tests.accounting import assert_accounted
 from tests.component.batches import make_body, make_event, read_upstream
@@ -186,6 +187,41 @@ async def test_windows_may_use_the_same_sequence(tmp_path: Path, autojump_clock:
         assert sorted(await it.stored()) == [make_event("s/a/7"), make_event("s/b/7")]
 
 
+async def test_reused_sequences_are_counted(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A client is told 200 for each batch, and the account has every event once."""
+    a, b, c, d, e = map(make_event, "abcde")
+    async with ingesting(tmp_path) as it:
+        for events in ([a, b], [a, b], [a, b, c], [d], [d, e], [a, b]):
+            assert (await it.ask(make_body(events=events))).status == 200
+        counted = it.intake.statistics()
+        assert (counted.batches_accepted, counted.batches_repeated, counted.events_accepted) == (4, 2, 5)
+        assert counted.batches_reused == {"grown": 2, "other": 1}
+        assert await it.stored() == [a, b, c, d, e]
+        assert counted.finals_late == 0
+        assert (await it.ask(make_body(events=[d, e], flush="final"))).status == 200
+        assert it.intake.statistics().finals_late == 1
+
+
+async def test_batches_that_race_for_a_sequence_are_compared(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Of batches that reuse a sequence at the same time each is compared with those that were stored before it."""
+    a, b, c, d = map(make_event, "abcd")
+    async with ingesting(tmp_path) as it:
+        async with trio.open_nursery() as nursery:
+            for events in ([a], [a, b], [a, b], [a, b, c], [d], [d]):
+                nursery.start_soon(it.ask, make_body(events=events))
+        assert sorted(await it.stored()) == [a, b, c, d]
+
+
+async def test_session_without_numbers_is_told(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Where a session has no number left behind its highest, the client is told what would help, and it does."""
+    async with ingesting(tmp_path) as it:
+        assert (await it.ask(make_body(sequence=MAX_SEQUENCE))).status == 200
+        response = await it.ask(make_body(sequence=MAX_SEQUENCE, events=[make_event("other")]))
+        assert response.status == 413
+        assert error_of(response).startswith(f"Sequence {MAX_SEQUENCE} has no room")
+        assert (await it.ask(make_body(sequence=0, events=[make_event("other")]))).status == 200
+
+
 async def test_largest_batch_is_cut(tmp_path: Path, autojump_clock: MockClock) -> None:
     """16 384 events of one request are stored and sent 500 at a time."""
     events = [make_event(str(number)) for number in range(16_384)]
@@ -208,7 +244,7 @@ async def test_body_that_inflates_large_is_decoded_in_a_thread(
 
     monkeypatch.setattr(trio.to_thread, "run_sync", count)
     autojump_clock.autojump_threshold = float("inf")
-    body = gzip.compress(make_body(events=[make_event("large", 3_000_000)]))
+    body = gzip.compress(make_body(sequence=1, events=[make_event("large", 3_000_000)]))
     assert len(body) < 65_536
     async with opened_spool(tmp_path, now=lambda: 0.0) as spool:
         it = Ingest(Intake(Config(), spool, lambda: 0.0, trio.current_time), spool)
@@ -216,7 +252,7 @@ async def test_body_that_inflates_large_is_decoded_in_a_thread(
         assert threads == []
         assert (await it.ask(body, KEY)).status == 200
         assert len(threads) == 1
-        assert_accounted(await spool.account(), accepted=1)
+        assert_accounted(await spool.account(), accepted=2)
 
 
 # -- bodies that are refused
@@ -265,16 +301,6 @@ async def test_issues_name_the_place(tmp_path: Path, autojump_clock: MockClock) 
             ("replay", "events", 0, "type"),
         }
         assert all({"code", "path", "message"} <= set(issue) for issue in details)
-
-
-async def test_sequence_without_addresses_left_is_refused(tmp_path: Path, autojump_clock: MockClock) -> None:
-    """Windows that share a sequence and have more events together than it has addresses are told so."""
-    events = [b'{"timestamp":1,"type":3,"data":0}'] * 9_000
-    async with ingesting(tmp_path) as it:
-        assert (await it.ask(gzip.compress(make_body(window="a", events=events)))).status == 200
-        response = await it.ask(gzip.compress(make_body(window="b", events=events)))
-        assert response.status == 413
-        assert error_of(response).startswith("Sequence 0 is shared by windows")
 
 
 # -- no room

@@ -158,13 +158,16 @@ def test_key_too_many_is_refused_until_another_is_forgotten(tmp_path: Path) -> N
 
 
 def test_windows_share_a_sequence_up_to_its_addresses(tmp_path: Path) -> None:
-    """Two windows that use one sequence get different addresses, until none are left."""
+    """Windows that use one sequence get different addresses, and what has no room is numbered behind all of them."""
     events = [b'{"timestamp":1,"type":3,"data":0}'] * 16_384
     with opened(tmp_path) as store:
         first = append(store, make_body(window="a", sequence=5, events=events[:-1]))
         second = append(store, make_body(window="b", sequence=5))
-        assert append(store, make_body(window="c", sequence=5)).outcome == "sequence_full"
+        third = append(store, make_body(window="c", sequence=5))
+        assert append(store, make_body(window="c", sequence=5)).outcome == "repeated"
+        assert append(store, make_body(window="c", sequence=6)).outcome == "stored"
         assert seal_all(store, second.window_id) == [(5 * 16_384 + 16_383, False, 1)]
+        assert seal_all(store, third.window_id) == [(6 * 16_384, False, 2)]
         sent = seal_all(store, first.window_id)
         assert [sequence for sequence, _, _ in sent] == [5 * 16_384 + start for start in range(0, 16_383, 500)]
         assert sum(events for _, _, events in sent) == 16_383
@@ -266,7 +269,7 @@ def test_other_schema_version_says_what_to_do(tmp_path: Path) -> None:
     connection = schema.open_database(path, "os")
     connection.pragma("user_version", 99)
     connection.close()
-    with pytest.raises(SpoolSchemaMismatch, match=r"schema version 99, .* version 1: run the release that wrote it"):
+    with pytest.raises(SpoolSchemaMismatch, match=r"schema version 99, .* version 2: run the release that wrote it"):
         schema.open_database(path, "os")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from relay.config import Spool as SpoolSettings
 from relay.protocol.cut import Limits
+from relay.protocol.reuse import Known as Reused
 from relay.spool import schema
 from relay.spool.spool import Spool, run_in_thread
 from relay.spool.store import Store
 from relay.spool.values import Appended, Load, NewBatch, Recut, Refused
 from tests.accounting import assert_accounted
 from tests.component.batches import make_batch, make_body, make_event, read_upstream
+from tests.component.model import Crash, Known, Mark, Place, Sent
 from tests.component.orphans import HOLDER, ORPHANS
 
 LIMITS = Limits(max_events=7, max_bytes=1_500)
@@ -28,34 +31,6 @@ LIMITS = Limits(max_events=7, max_bytes=1_500)
 
 SLACK_BYTES = 64
 """What numbers of the envelope (lastActivityAt, the address) may take more in another cut."""
-
-Place = tuple[str, str, str]
-"""Key, session, window."""
-
-
-class Known(msgspec.Struct):
-    """An accepted event, as the model knows it."""
-
-    text: bytes
-    page: str
-    last_activity: int
-    of_final: bool
-    """Whether its client batch ends the session."""
-    ends_session: bool
-    """Whether it is the last event of that batch."""
-
-
-class Sent(msgspec.Struct):
-    """A sealed batch, as the model knows it."""
-
-    place: Place
-    addresses: list[int]
-    events: list[Known]
-    body: bytes
-
-
-class Crash(BaseException):
-    """Ends a group without the store being able to do anything about it."""
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -73,7 +48,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.dead: dict[int, Sent] = {}
         self.refusals: dict[tuple[str, str], int] = {}
         self.upstream: dict[tuple[str, str], set[int]] = {}
-        self.marks: dict[tuple[str, str, int], dict[str, tuple[int, int, float]]] = {}
+        self.marks: dict[tuple[str, str], list[Mark]] = {}
+        self.shifts: dict[Place, int] = {}
         self.rows: dict[Place, tuple[int, int, int]] = {}
         self.rows_ever: dict[tuple[int, int], Place] = {}
 
@@ -135,7 +111,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def learn(self, batch: NewBatch, known: list[Known], appended: Any) -> None:
         """Bring the model to where a committed append should have brought the store."""
-        assert isinstance(appended, Appended)
+        assert isinstance(appended, Appended), appended
         place = (batch.key, batch.session_id, batch.window_id)
         if batch.key not in {key for key, _, _ in self.rows} and len({key for key, _, _ in self.rows}) == 2:
             assert appended.outcome == "too_many_keys"
@@ -143,27 +119,42 @@ class StoreMachine(RuleBasedStateMachine):
         row = (appended.key_id, appended.session_id, appended.window_id)
         assert self.rows.setdefault(place, row) == row
         assert self.rows_ever.setdefault(row[1:], place) == place, "a row id was used again"
-        marks = self.marks.setdefault((*place[:2], batch.sequence), {})
-        if batch.window_id in marks:
-            assert appended.outcome == "repeated"
-            return
+        marks = self.marks.setdefault(place[:2], [])
+        block = batch.sequence + self.shifts.get(place, 0)
+        if any(mark.block == block for mark in self.same(batch)):
+            block = 1 + max(mark.block for mark in marks)  # the window's counter began anew
+            self.shifts[place] = block - batch.sequence
         assert appended.outcome == "stored"
-        first = max((index + count for index, count, _ in marks.values()), default=0)
-        marks[batch.window_id] = (first, len(known), batch.accepted_at)
+        first = max((mark.first + mark.count for mark in marks if mark.block == block), default=0)
+        marks.append(Mark(batch.window_id, batch.sequence, block, first, len(known), batch.accepted_at))
         window = self.pending.setdefault(place, {})
         for index, event in enumerate(known):
-            address = batch.sequence * 16_384 + first + index
+            address = block * 16_384 + first + index
             assert address not in window
             window[address] = event
         self.accepted += len(known)
+
+    def same(self, batch: NewBatch) -> list[Mark]:
+        """Return the marks of a batch's session, window and sequence."""
+        mine = self.marks.get((batch.key, batch.session_id), [])
+        return [mark for mark in mine if (mark.window, mark.sequence) == (batch.window_id, batch.sequence)]
+
+    def settle_append(self, batch: NewBatch, known: list[Known], appended: Any) -> None:
+        """Learn what became of a batch; where others had its sequence before, it is compared with them first."""
+        while appended.outcome == "differs":
+            assert self.same(batch)
+            batch = msgspec.structs.replace(batch, known=Reused(0, 0, appended.earlier[-1].mark_id))
+            [appended] = self.store.transact([partial(self.store.append, batch)])
+        self.learn(batch, known, appended)
 
     @rule(drawn=st.lists(batches, min_size=1, max_size=4))
     def append(self, drawn: list[tuple[Any, ...]]) -> None:
         """Several clients share a commit."""
         prepared = [self.prepare(each) for each in drawn]
         results = self.store.transact([lambda batch=batch: self.store.append(batch) for batch, _ in prepared])  # type: ignore[misc]
-        for (batch, known), appended in zip(prepared, results, strict=True):
-            self.learn(batch, known, appended)
+        answered = list(zip(prepared, results, strict=True))
+        for (batch, known), appended in sorted(answered, key=lambda each: each[1].outcome == "differs"):
+            self.settle_append(batch, known, appended)
 
     @rule(drawn=batches, flipped=st.booleans())
     def append_beside_a_failing_step(self, drawn: tuple[Any, ...], flipped: bool) -> None:
@@ -178,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
         steps: list[Callable[[], Any]] = [lambda: self.store.append(batch), fail]
         appended, failed = self.store.transact(steps[::-1])[::-1] if flipped else self.store.transact(steps)
         assert str(failed) == "spoiled"
-        self.learn(batch, known, appended)
+        self.settle_append(batch, known, appended)
 
     @precondition(lambda self: any(self.pending.values()))
     @rule(data=st.data())
@@ -254,18 +245,19 @@ class StoreMachine(RuleBasedStateMachine):
         }
         busy = {place[:2] for place, events in self.pending.items() if events}
         busy |= {sent.place[:2] for sent in (*self.sealed.values(), *self.dead.values())}
-        live = {identity[:2] for identity, marks in self.marks.items() for _, _, at in marks.values() if at >= before}
+        live = {session for session, marks in self.marks.items() for mark in marks if mark.at >= before}
         forgotten = 0
-        for identity, marks in self.marks.items():
-            for window, (first, count, at) in list(marks.items()):
-                is_old = at in beyond or (at < before and identity[:2] not in live)
-                if is_old and identity[:2] not in busy:
-                    del marks[window]
+        for session, marks in self.marks.items():
+            for mark in list(marks):
+                is_old = mark.at in beyond or (mark.at < before and session not in live)
+                if is_old and session not in busy:
+                    marks.remove(mark)
                     forgotten += 1
-                    begin = identity[2] * 16_384 + first
-                    self.upstream.get(identity[:2], set()).difference_update(range(begin, begin + count))
-        remembered = {identity[:2] for identity, marks in self.marks.items() if marks}
+                    begin = mark.block * 16_384 + mark.first
+                    self.upstream.get(session, set()).difference_update(range(begin, begin + mark.count))
+        remembered = {session for session, marks in self.marks.items() if marks}
         self.rows = {place: row for place, row in self.rows.items() if place[:2] in remembered | busy}
+        self.shifts = {place: shift for place, shift in self.shifts.items() if place in self.rows}
         assert self.store.transact([lambda: self.store.retention.prune(before, max_marks, before)]) == [forgotten]
 
     @rule()
