@@ -77,6 +77,8 @@ class Marks:
             window_id: Its window.
             shift: The window's.
         """
+        if batch.known and not batch.event_count:
+            return Place("repeated", mark_id=batch.known.mark_id)
         block = batch.sequence + shift
         first_index = 0 if block <= MAX_SEQUENCE else MAX_BATCH_EVENTS
         is_reused = shift != 0
@@ -85,16 +87,31 @@ class Marks:
         ):
             is_reused |= other == window_id
             first_index = max(first_index, first + events)
-        if is_reused and (earlier := self._earlier(session_id, window_id, batch.sequence)):
-            sent = (batch.sent_events, batch.sent_bytes, batch.sent_crc)
+        if is_reused:
+            return self._find_place_again(batch, session_id, window_id, block, first_index)
+        if first_index + batch.event_count <= MAX_BATCH_EVENTS:
+            return Place("new", block, first_index)
+        return self._place_behind(session_id)
+
+    def _find_place_again(
+        self, batch: NewBatch, session_id: int, window_id: int, block: int, first_index: int
+    ) -> Place:
+        """Decide on a batch whose window had its sequence before, or has been shifted."""
+        sent = (batch.sent_events, batch.sent_bytes, batch.sent_crc)
+        retried = self._db.execute(
+            "SELECT id FROM mark WHERE session_id = ? AND block = ? AND window_id = ? AND sequence = ?"
+            " AND known_events + events = ? AND events_bytes = ? AND crc = ?",
+            (session_id, block, window_id, batch.sequence, *sent),
+        ).fetchone()
+        if retried:  # nearly always; what follows costs five times as much
+            return Place("repeated", mark_id=retried[0])
+        if earlier := self._earlier(session_id, window_id, batch.sequence):
             for each in earlier:
                 if (each.event_count, each.events_bytes, each.crc) == sent:
                     return Place("repeated", mark_id=each.mark_id)
             known = batch.known
             if known is None or known.latest_id < earlier[-1].mark_id:
                 return Place("differs", earlier=earlier)
-            if not batch.event_count:
-                return Place("repeated", mark_id=known.mark_id)
             blocks = {each.mark_id: each.block for each in earlier}
             if known.mark_id in blocks:
                 block = blocks[known.mark_id]
@@ -103,6 +120,10 @@ class Marks:
                 first_index = MAX_BATCH_EVENTS  # rule 4
         if first_index + batch.event_count <= MAX_BATCH_EVENTS:
             return Place("new", block, first_index)
+        return self._place_behind(session_id)
+
+    def _place_behind(self, session_id: int) -> Place:
+        """Return the block behind the highest of a session (rule 4)."""
         highest = "SELECT coalesce(max(block), -1) FROM mark WHERE session_id = ?"
         block = 1 + self._db.execute(highest, (session_id,)).get
         return Place("new", block, 0) if block <= MAX_SEQUENCE else Place("numbers_used_up")

@@ -6,7 +6,8 @@ Rules:
 2. A step's waiter resumes only after its commit (law 1). Cancelling the waiter does not cancel the step.
 3. What was accepted (`on_appended`) and what steps ask to have announced is announced in order of commit, before any
    waiter resumes. So who counts along never counts twice, or not at all, what is accepted while a step is under way.
-4. Reading for operators (`account`) has a connection of its own, one reading at a time, and never delays the writer.
+4. What only reads (`account`, `read_stored`) has a connection of its own, one reading at a time, and never delays the
+   writer.
 5. Being cancelled from outside does not stop the writer before `close` has: what was submitted is committed.
 """
 

@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from relay.errors import ConnectFailed, ExchangeFailed
 from relay.http.client import Reply
 from tests.accounting import assert_accounted
-from tests.component.batches import KEY, make_event
+from tests.component.batches import KEY, make_batch, make_body, make_event
 from tests.component.fake_upstream import OK, Arrival, FakeUpstream, forwarding, make_config, say_yes
 from tests.component.spooling import wall_clock
 
@@ -127,6 +127,17 @@ async def test_session_that_goes_on_after_its_final_is_delivered(tmp_path: Path,
         await it.accept("s", "w", 2)
         assert await it.drained() < 10
         it.assert_each_once()
+
+
+async def test_final_said_by_a_retry_does_not_linger(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """A batch that is the session's last only when its client sends it again goes at once, as the final."""
+    async with forwarding(tmp_path, FakeUpstream(), make_config(linger_seconds=600)) as it:
+        await it.accept("s", "a", 0)
+        await it.accept("s", "b", 1)
+        await trio.sleep(10)
+        await it.spool.append(make_batch(make_body("s", "a", 0, flush="final")))
+        assert await it.drained() < 1
+        assert [(batch.window, batch.is_final) for batch in it.upstream.order] == [("b", False), ("a", True)]
 
 
 async def test_two_finals_end_the_session_once(tmp_path: Path, autojump_clock: MockClock) -> None:
