@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from itertools import islice
 
 import msgspec
@@ -74,10 +75,10 @@ def find_known(batch: ClientBatch, earlier: Sequence[Earlier], stored: Stored) -
         earlier: In the order of their marks, at least one.
         stored: Reads their events.
     """
-    events = split_events(bytes(batch.events))
+    split = cache(lambda: split_events(bytes(batch.events)))  # which a batch that has only grown does not need
     shared: dict[int, int] = {}
     for each in earlier:
-        shared[each.mark_id] = _shared_events(batch.events, events, each, shared, stored)
+        shared[each.mark_id] = _shared_events(batch, split, each, shared, stored)
     event_count, mark_id = max((count, mark_id) for mark_id, count in shared.items())
     return Known(event_count, mark_id if event_count else 0, earlier[-1].mark_id)
 
@@ -91,17 +92,22 @@ def rest_of(batch: ClientBatch, known: Known) -> ClientBatch:
 
 
 def _shared_events(
-    run: bytes | memoryview, events: Sequence[bytes], earlier: Earlier, shared: dict[int, int], stored: Stored
+    batch: ClientBatch,
+    split: Callable[[], Sequence[bytes]],
+    earlier: Earlier,
+    shared: dict[int, int],
+    stored: Stored,
 ) -> int:
     """Return how many events a batch has in common with an earlier one, given what it shares with those before."""
+    size = earlier.events_bytes
     # Equal bytes end where an event ends: events are objects, and the earlier run ended with one.
-    if len(run) >= earlier.events_bytes and crc32(run[: earlier.events_bytes]) == earlier.crc:
+    if len(batch.events) >= size and crc32(batch.events[:size]) == earlier.crc:
         return earlier.event_count
     # What the earlier batch itself did not bring lies with another, and the comparison begins there.
     known = min(earlier.known_events, shared.get(earlier.known_in, 0))
-    if known < earlier.known_events or known >= len(events):
+    if known < earlier.known_events or known >= batch.event_count:
         return known
-    return known + _count_same(events[known:], stored(earlier))
+    return known + _count_same(split()[known:], stored(earlier))
 
 
 def _count_same(ours: Sequence[bytes], theirs: Iterable[bytes]) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.errors import SpoolLocked, SpoolUnavailable
+from relay.protocol.replay import decode_batch
+from relay.protocol.reuse import Known, Stored, find_known
 from relay.spool.spool import Spool, run_in_thread
 from relay.spool.values import Appended, NewBatch
 from tests.accounting import assert_accounted
@@ -222,6 +225,32 @@ async def test_free_space_floor_refuses(tmp_path: Path, autojump_clock: MockCloc
 
 
 # -- reading, opening, closing
+
+
+async def test_comparing_batches_holds_up_no_commit(tmp_path: Path) -> None:
+    """However long it takes to compare a batch with those stored before it, others are committed meanwhile."""
+    is_compared = threading.Event()
+    async with opened_spool(tmp_path, run=run_in_thread, now=lambda: 0.0) as spool:
+        await spool.append(batch_of("s", events=[large_event(1)]))
+        changed = make_body("s", events=[large_event(1), large_event(2)])
+        differs = await spool.append(make_batch(changed))
+        assert differs.outcome == "differs"
+
+        def compare(stored: Stored) -> Known:
+            assert list(stored(differs.earlier[0])) == [large_event(1)]
+            assert is_compared.wait(10)
+            return find_known(decode_batch(changed, 262_144), differs.earlier, stored)
+
+        async def accept_others() -> None:
+            for sequence in range(1, 4):
+                assert (await spool.append(batch_of("s", sequence))).outcome == "stored"
+            is_compared.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(accept_others)
+            known = await spool.read_stored(compare)
+        assert (await spool.append(make_batch(changed, known=known))).outcome == "stored"
+        assert_accounted(await spool.account(), accepted=5, pending=5)
 
 
 async def test_accounts_may_be_asked_for_at_once(tmp_path: Path) -> None:
