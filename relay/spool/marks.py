@@ -10,8 +10,9 @@ Rules:
    out twice, however sequences are reused.
 3. What is new in a batch that begins like an earlier one follows in that one's block, before the next sequence.
 4. A batch that begins like none starts its window's counter anew: it takes the block behind the highest of the session,
-   and the window's later sequences are shifted with it (`window.shift`). Upstream orders a session by its numbers, so
-   what a page sends after a reload comes after all that went before. So does what finds no room in its block.
+   and the window's later sequences are shifted with it (`window.shift`, which lasts as long as a mark of the session).
+   Upstream orders a session by its numbers, so what a page sends after a reload comes after all that went before. So
+   does what finds no room in its block.
 5. A shift changes where a sequence is numbered, not what it is. A late retry from before the reload is recognised,
    since batches are compared with those of their sequence in every block.
 """
