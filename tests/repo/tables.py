@@ -15,9 +15,11 @@ from relay.exit_codes import ExitCode
 from relay.settings.options import options
 from relay.settings.rendering import render_defaults
 from relay.telemetry import METRICS, PREFIX
+from tests.contract.exceptions import EXCEPTIONS
 
 CHECKOUT = Path(__file__).parents[2]
 README = CHECKOUT / "README.md"
+INSIDES = CHECKOUT / "relay" / "README.md"
 OPERATIONS = CHECKOUT / "config" / "README.md"
 CONFIGURATION = CHECKOUT / "config" / "relay.toml"
 
@@ -46,11 +48,18 @@ def metric_table() -> str:
     return table(("metric", "kind", "label", "meaning"), rows)
 
 
+def exception_table() -> str:
+    """Return the table of all that the relay refuses and upstream does not."""
+    rows = ((row.what, str(row.refusal.status), row.because) for row in EXCEPTIONS)
+    return table(("what a client might send", "answer", "why"), rows)
+
+
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "commands": (README, command_table),
     "options": (README, option_table),
     "exit-codes": (README, exit_code_table),
     "metrics": (OPERATIONS, metric_table),
+    "exceptions": (INSIDES, exception_table),
 }
 """What stands between `<!-- name -->` and `<!-- /name -->`, and in which manual."""
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from relay.protocol.assemble import Piece, assemble
 from relay.protocol.codings import SegmentDeflater, crc32
-from tests.unit.node import ask_node
+from tests.node import ask_node
 
 TEXTS = st.binary(max_size=2_000) | st.sampled_from([b"", b"x" * 511, b"x" * 512, bytes(range(256)) * 600])
 
