@@ -79,8 +79,11 @@ class BatchSchema:
 
     def issues(self, batch: Any) -> list[dict[str, Any]]:
         """Return what is wrong with a batch, in zod's shape; empty where it is valid."""
-        if self._validator.is_valid(batch):
-            return []
+        try:
+            if self._validator.is_valid(batch):
+                return []
+        except UnicodeEncodeError:
+            pass  # it came to a lone surrogate
         try:
             batch = well_formed(batch)
         except RecursionError:

@@ -153,3 +153,9 @@ def test_nullable_is_translated_and_nothing_else() -> None:
 def test_lone_surrogates_in_wrong_places_are_issues(member: str) -> None:
     """Text that is no UTF-8, where it is refused, is refused like any other text."""
     assert BatchSchema(load_description()).issues({member: "\ud83d"})
+
+
+@pytest.mark.parametrize("level", ["", "session", "user", "page.viewport", "replay", "replay.events.0", "metadata"])
+def test_members_that_nobody_knows_may_bear_any_name(schema: BatchSchema, level: str) -> None:
+    """A name that is no UTF-8 is an unknown member like another, at every level."""
+    assert schema.issues(changed(f"{level}.\ud83d".removeprefix("."), 1)) == []
