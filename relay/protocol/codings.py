@@ -45,6 +45,9 @@ _ZSTD_RUN_BLOCK = 1
 _GZIP_WINDOW_BITS = zlib.MAX_WBITS + 16
 """How zlib is told to expect gzip's header and trailer."""
 
+_GZIP_RESERVED_FLAGS = 0xE0
+"""Must be zero in the byte behind magic and method (RFC 1952, 2.3.1.2): zlib refuses them, ISA-L would not look."""
+
 _FEED_BYTES = 16_384
 """What a gzip member after the first is fed, twice as much with every step. A decoder copies what it does not use, so
 that a body of a million empty members, each fed all the rest, would take minutes."""
@@ -109,6 +112,8 @@ def _inflate_stream(body: bytes, window_bits: int, max_bytes: int) -> bytes:
     at = 0
     feed_bytes = len(body)
     while True:
+        if window_bits == _GZIP_WINDOW_BITS and int.from_bytes(body[at + 3 : at + 4]) & _GZIP_RESERVED_FLAGS:
+            raise InvalidBatch("Body is not valid compressed data: unknown gzip flags")
         decoder = _deflate.decompressobj(wbits=window_bits)
         while not decoder.eof:
             piece = view[at : at + feed_bytes]

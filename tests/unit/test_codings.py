@@ -123,6 +123,16 @@ def test_a_flipped_bit_is_noticed(codings: ModuleType, name: str) -> None:
             assert codings.inflate(bytes(damaged), header, 10 * len(TEXT)) == TEXT
 
 
+@pytest.mark.parametrize("flag", [0x20, 0x40, 0x80])
+def test_a_gzip_flag_that_no_standard_knows_is_refused(codings: ModuleType, flag: int) -> None:
+    """A member whose header may hold what we would misread is damaged (RFC 1952, 2.3.1.2), the first or a later one."""
+    member = bytearray(gzip.compress(TEXT))
+    member[3] |= flag
+    for body in (bytes(member), gzip.compress(TEXT) + member):
+        with pytest.raises(InvalidBatch, match="not valid compressed data"):
+            codings.inflate(body, "gzip", 3 * len(TEXT))
+
+
 def test_gzip_members_are_joined(codings: ModuleType) -> None:
     """A body of several members, empty ones among them, is one text."""
     pieces = [TEXT[:1], b"", TEXT[1:500], b"", b"", TEXT[500:]]
