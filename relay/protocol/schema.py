@@ -102,15 +102,10 @@ class Batch(msgspec.Struct):
     flush: Literal["normal", "final"] = "normal"
 
 
-class PlainBatch(msgspec.Struct, forbid_unknown_fields=True):
+class PlainBatch(Batch, forbid_unknown_fields=True):
     """A batch with no other members than the known ones, as the SDK sends it."""
 
-    session: Raw
-    user: Raw
-    page: Raw
     replay: PlainReplay
-    metadata: Raw = ABSENT
-    flush: Literal["normal", "final"] = "normal"
 
 
 class Event(msgspec.Struct, gc=False):
