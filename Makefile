@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test run lint soak tables clean
+.PHONY: demo test run lint soak fuzz tables clean
 
 demo: .venv/.ready
 	$(BIN)/lucent-relay demo
@@ -14,12 +14,18 @@ run: .venv/.ready
 	$(BIN)/lucent-relay run --config config/relay.toml
 
 # Sessions among faults of every kind, SECONDS long, with a plot of what could grow.
-SECONDS ?= 3600
+soak: SECONDS ?= 3600
 SEED ?= 1
 soak: .venv/.ready
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	mkdir -p bench/results
 	$(BIN)/python -m tests.soak --seconds $(SECONDS) --seed $(SEED) --plot bench/results/soak.png
+
+# Whatever bytes a stranger may send, SECONDS for each of the places where they are read.
+fuzz: SECONDS ?= 60
+fuzz: .venv/.ready
+	$(BIN)/python -m pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 lint: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -132,7 +132,7 @@ def mutated_bodies(templates: list[dict[str, Any]], count: int, seed: int) -> It
     """Yield templates that were changed in one or a few ways each, of structure and of spelling."""
     chance = random.Random(seed)
     for _ in range(count):
-        body = _mutate_structure(copy.deepcopy(chance.choice(templates)), chance)
+        body = mutate_structure(copy.deepcopy(chance.choice(templates)), chance)
         if chance.random() < 0.3:
             body = _splice(body, chance)
         if chance.random() < 0.1:
@@ -144,7 +144,8 @@ def mutated_bodies(templates: list[dict[str, Any]], count: int, seed: int) -> It
         yield body
 
 
-def _mutate_structure(batch: dict[str, Any], chance: random.Random) -> bytes:
+def mutate_structure(batch: Any, chance: random.Random) -> bytes:
+    """Return the JSON of an object or array that is changed in its members and their spelling; it is used up."""
     spellings: list[tuple[bytes, bytes]] = []
 
     def mark(spelling: bytes) -> str:
