@@ -87,7 +87,12 @@ async def _ask(
 
 @asynccontextmanager
 async def running(
-    directory: Path, *, faults: dict[str, Any] | None = None, run: Run | None = None, deadline_seconds: float = 5.0
+    directory: Path,
+    *,
+    faults: dict[str, Any] | None = None,
+    run: Run | None = None,
+    linger_seconds: float = 0.02,
+    deadline_seconds: float = 5.0,
 ) -> AsyncIterator[Running]:
     """Run sandbox and relay; on exit the relay is stopped, unless the test did."""
     settings = SandboxSettings(requests_per_minute=0, faults=fault_settings(faults or {}))
@@ -97,7 +102,7 @@ async def running(
         config = Config(
             listen=Listen(relay="127.0.0.1:0", admin="127.0.0.1:0"),
             upstream=Upstream(ingest_url=ingest_url),
-            batch=BatchSettings(linger_seconds=0.02),
+            batch=BatchSettings(linger_seconds=linger_seconds),
             budget=Budget(requests_per_minute=0),
             spool=SpoolSettings(directory=str(directory), durability="os"),
             shutdown=Shutdown(deadline_seconds=deadline_seconds),
@@ -196,8 +201,8 @@ async def test_full_spool_is_not_ready(tmp_path: Path) -> None:
 
 async def test_end_finishes_requests_and_deliveries_in_hand(tmp_path: Path) -> None:
     """At the end a request on its way is answered, a delivery in flight is recorded, and the backlog stays."""
-    async with running(tmp_path, faults={"latency_seconds": 0.3}) as it:
-        assert await it.post(make_body("in-flight", flush="final")) == 200
+    async with running(tmp_path, faults={"latency_seconds": 0.3}, linger_seconds=60) as it:
+        assert await it.post(make_body("in-flight", flush="final")) == 200  # due at once; the other lingers
         await it.wait_status(lambda status: status["forward"]["in_flight"])
         body = make_body("in-hand")
         stream = await trio.open_tcp_stream("127.0.0.1", int(it.url.rpartition(":")[2]))
