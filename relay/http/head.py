@@ -11,7 +11,8 @@ import re
 from relay.http.message import Response, error_response
 
 _HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%-]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]*)?")
-_ABSOLUTE = re.compile(rb"https?://[^/?#]+", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"https?://[^/?#@]+(?=[/?#]|\Z)", re.IGNORECASE)
+"""Up to the path. A user name before the host is how phishing looks, not how clients ask (RFC 9110, 4.2.4)."""
 
 
 class Refused(Exception):
