@@ -14,7 +14,7 @@ import trio
 from relay.config import Batch, Budget, Config, Forward
 from relay.errors import ExchangeFailed
 from relay.forward.forwarder import Forwarder
-from relay.forward.lane import Clocks
+from relay.forward.lane import Client, Clocks
 from relay.http.client import Reply
 from relay.protocol.cut import Limits
 from relay.spool.spool import Run, Spool
@@ -171,19 +171,20 @@ async def forwarding(
     upstream: FakeUpstream,
     config: Config | None = None,
     *,
+    client: Client | None = None,
     seed: int = 1,
     run: Run = run_inline,
     **spool: Any,
 ) -> AsyncIterator[Forwarding]:
     """Run a forwarder; on exit stop it, and check the account and upstream's complaints.
 
-    `spool` are options of that section.
+    `client` is what leads to upstream where that does not stand in for it; `spool` are options of that section.
     """
     config = config or make_config()
     limits = Limits(config.batch.max_events, config.batch.max_bytes)
     clocks = Clocks(trio.current_time, wall_clock, Random(seed).random)
     async with opened_spool(directory, limits=limits, run=run, **spool) as opened:
-        forwarder = Forwarder(config, opened, upstream, clocks)
+        forwarder = Forwarder(config, opened, client or upstream, clocks)
         it = Forwarding(opened, forwarder, upstream)
         async with trio.open_nursery() as nursery:
             await nursery.start(forwarder.run)
