@@ -23,6 +23,7 @@ from relay.protocol.codings import crc32, crc32_combine, gzip_member, stored_blo
 from relay.protocol.cut import body_prefix, body_suffix, overhead_bytes
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import Envelope, decode_batch
+from relay.spool.values import NewBatch, NewSegment
 
 SIZES = {"small": 8_192, "medium": 25_600, "large": 128_000}
 """Bytes of JSON that a body is to have: a page being read, a page being used, a first visit or a busy canvas."""
@@ -57,6 +58,8 @@ class Slice(msgspec.Struct, frozen=True, gc=False):
     """With placeholders for session and window."""
     piece: Piece
     """The events, deflated."""
+    event_count: int
+    """How many."""
 
 
 class Body(msgspec.Struct, frozen=True, gc=False):
@@ -83,7 +86,7 @@ def cut_slices(wanted_bytes: int) -> list[Slice]:
                 if len(slices) < _MAX_SLICES:
                     compressor = zlib.compressobj(_BROWSER_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS)
                     deflated = compressor.compress(run) + compressor.flush(zlib.Z_FULL_FLUSH)
-                    slices.append(Slice(envelope, Piece(deflated, crc32(run), len(run))))
+                    slices.append(Slice(envelope, Piece(deflated, crc32(run), len(run)), len(split_events(run))))
     return slices
 
 
@@ -118,28 +121,52 @@ def _runs(events: list[bytes], wanted_bytes: int, skipped_bytes: int) -> Iterato
 class Sessions:
     """Renders bodies of many sessions that take turns."""
 
-    def __init__(self, slices: list[Slice], seed: int) -> None:
+    def __init__(self, slices: list[Slice], seed: int, session_batches: int = SESSION_BATCHES) -> None:
         """Take slices in their order; `seed` keeps the sessions of one benchmark apart from those of another."""
         self._slices = slices
         self._seed = seed
+        self._session_batches = session_batches
         self._count = 0
 
     def next_body(self) -> Body:
         """Return a body that no other call returned."""
+        batch = self.next_batch()
+        [run] = batch.segments
+        prefix = body_prefix(batch.envelope, batch.last_activity, batch.sequence)
+        suffix = body_suffix(is_final=batch.is_final)
+        piece = Piece(run.deflated, run.crc, run.events_bytes)
+        return Body(_compress(prefix, piece, suffix), len(prefix) + run.events_bytes + len(suffix))
+
+    def next_batch(self, key: str = "", accepted_at: float = 0.0) -> NewBatch:
+        """Return the same as the spool takes it; no other call returned it, of either kind."""
         count = self._count
         self._count = count + 1
         turn, place = divmod(count, LIVE_SESSIONS)
-        generation, sequence = divmod(turn, SESSION_BATCHES)
+        generation, sequence = divmod(turn, self._session_batches)
         identity = self._seed << 64 | generation << 32 | place
         # Sessions take slices from different places, so that neighbours in time are not alike.
         source = self._slices[(count + place * 31) % len(self._slices)]
         envelope = self._slices[(place + sequence // PAGE_BATCHES) % len(self._slices)].envelope
-        head = envelope.head.replace(_SESSION, str(UUID(int=identity << 1)).encode())
-        head = head.replace(_WINDOW, str(UUID(int=identity << 1 | 1)).encode())
-        last_activity = b"%d" % (1_790_000_000_000 + count)
-        prefix = body_prefix(Envelope(head, envelope.tail), last_activity, sequence)
-        suffix = body_suffix(is_final=sequence == SESSION_BATCHES - 1)
-        return Body(_compress(prefix, source.piece, suffix), len(prefix) + source.piece.events_bytes + len(suffix))
+        session_id, window_id = str(UUID(int=identity << 1)), str(UUID(int=identity << 1 | 1))
+        head = envelope.head.replace(_SESSION, session_id.encode()).replace(_WINDOW, window_id.encode())
+        own = Envelope(head, envelope.tail)
+        run = NewSegment(0, source.event_count, source.piece.events_bytes, source.piece.crc, source.piece.deflated)
+        return NewBatch(
+            key,
+            session_id,
+            window_id,
+            sequence,
+            sequence == self._session_batches - 1,
+            b"%d" % (1_790_000_000_000 + count),
+            own,
+            own.digest,
+            run.event_count,
+            (run,),
+            accepted_at,
+            run.event_count,
+            run.events_bytes,
+            run.crc,
+        )
 
 
 def _compress(prefix: bytes, events: Piece, suffix: bytes) -> bytes:

@@ -133,7 +133,12 @@ def sandbox_server(core: int | None, requests_per_minute: int) -> Iterator[str]:
 
 @contextlib.contextmanager
 def relay_server(
-    core: int | None, spool: Path, durability: str, upstream: str | None, requests_per_minute: int = 100
+    core: int | None,
+    spool: Path,
+    durability: str,
+    upstream: str | None,
+    requests_per_minute: int = 100,
+    **further: object,
 ) -> Iterator[Server]:
     """Run the relay.
 
@@ -143,6 +148,7 @@ def relay_server(
         durability: `fsync` or `os`.
         upstream: The ingest API; None for one that is down.
         requests_per_minute: A key's budget.
+        further: Options, as `section__option=value`.
     """
     options = {
         "listen.relay": "127.0.0.1:0",
@@ -151,6 +157,7 @@ def relay_server(
         "spool.directory": spool,
         "spool.durability": durability,
         "budget.requests_per_minute": requests_per_minute,
+        **{name.replace("__", "."): value for name, value in further.items()},
     }
     words = ["relay", "run"]
     for name, value in options.items():

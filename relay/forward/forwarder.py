@@ -25,8 +25,8 @@ from relay.spool.spool import Spool
 from relay.spool.values import Appended, NewBatch, PendingWindow
 from relay.telemetry import Histogram
 
-_PAGE_WINDOWS = 5_000
-"""Windows read from disk at a time: 10 ms of the writer's, in which no batch is acknowledged."""
+_PAGE_WINDOWS = 1_000
+"""Windows read from disk at a time: 5 ms of the writer's at 30 segments each, in which no batch is acknowledged."""
 
 _KEEP_SECONDS = 10.0
 """Interval of looking for idle lanes and for windows that wait on disk."""
