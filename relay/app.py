@@ -34,7 +34,7 @@ from relay.http.router import Router
 from relay.intake.intake import Intake
 from relay.ops.admin import Admin
 from relay.ops.logs import configure_logging
-from relay.ops.process import process_statistics
+from relay.ops.process import allow_open_files, process_statistics
 from relay.protocol.cut import Limits
 from relay.spool.spool import Run, Spool, open_spool
 
@@ -243,7 +243,7 @@ def run_relay(config: Config) -> int:
     log.info("starting", version=relay.__version__, process_id=os.getpid(), spool=config.spool.directory)
     code = ExitCode.OK
     try:
-        trio.run(_serve_until_signal, config)
+        trio.run(_serve_until_signal, allow_open_files(config))
     except* ConfigError as group:
         code = _fail(ExitCode.CONFIGURATION, group)
     except* SpoolError as group:

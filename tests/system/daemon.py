@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote, urlsplit
 
 import trio
@@ -37,6 +39,9 @@ POLL_SECONDS = 0.01
 SHOWN_LINES = 60
 """Of each process's output when a test fails."""
 
+Files: TypeAlias = tuple[int, int | None]
+"""Open files that a process may have, and that it may allow itself; None for as many as we."""
+
 T = TypeVar("T")
 
 
@@ -55,10 +60,22 @@ async def eventually(what: str, look: Callable[[], Awaitable[T | None]], seconds
     raise AssertionError(f"waited {seconds} s in vain: {what}")
 
 
+def _limit_files(soft: int, hard: int | None) -> None:
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, allowed if hard is None else hard))
+
+
 class Process:
     """One started command, with its output in two files."""
 
-    def __init__(self, name: str, words: list[str], directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        name: str,
+        words: list[str],
+        directory: Path,
+        environment: Mapping[str, str],
+        files: Files | None = None,
+    ) -> None:
         self.name = name
         self._output, self._log = directory / f"{name}.out", directory / f"{name}.log"
         with self._output.open("wb") as output, self._log.open("wb") as errors:
@@ -70,6 +87,7 @@ class Process:
                 cwd=directory,
                 env=environment,
                 umask=0,  # so that the modes of files are the command's own choice
+                preexec_fn=None if files is None else partial(_limit_files, *files),
             )
 
     @property
@@ -301,7 +319,7 @@ class Site:
         await sandbox.started()
         return sandbox
 
-    def spawn_relay(self, settings: Mapping[str, Mapping[str, Any]] | None = None) -> Relay:
+    def spawn_relay(self, settings: Mapping[str, Mapping[str, Any]] | None = None, files: Files | None = None) -> Relay:
         """Begin to start a relay, with the settings of the one before and those given.
 
         By default it is quick: it lingers for a blink, spends without a budget, and is back soon after failures.
@@ -317,11 +335,13 @@ class Site:
         for section, options in (settings or {}).items():
             self._settings.setdefault(section, {}).update(options)
         (self.directory / "relay.toml").write_text(_toml(self._settings))
-        return self._start(Relay, "relay", ["run", "--config", "relay.toml", "--set", "log.format=json"])
+        return self._start(Relay, "relay", ["run", "--config", "relay.toml", "--set", "log.format=json"], files)
 
-    async def start_relay(self, settings: Mapping[str, Mapping[str, Any]] | None = None) -> Relay:
+    async def start_relay(
+        self, settings: Mapping[str, Mapping[str, Any]] | None = None, files: Files | None = None
+    ) -> Relay:
         """Start a relay as `spawn_relay` does, and wait until it listens."""
-        relay = self.spawn_relay(settings)
+        relay = self.spawn_relay(settings, files)
         await relay.started()
         return relay
 
@@ -337,9 +357,9 @@ class Site:
                 check=False,
             )
 
-    def _start(self, kind: type[P], name: str, words: list[str]) -> P:
+    def _start(self, kind: type[P], name: str, words: list[str], files: Files | None = None) -> P:
         number = sum(isinstance(process, kind) for process in self._processes) + 1
-        process = kind(f"{name}-{number}", words, self.directory, self._environment)
+        process = kind(f"{name}-{number}", words, self.directory, self._environment, files)
         self._processes.append(process)
         return process
 
