@@ -9,7 +9,8 @@ Rules:
 2. Nothing is read from a connection while a request of it is unanswered, so answers keep their order and one client
    has one read, one head and one body here at a time.
 3. A client costs a connection out of `max_connections` and body bytes out of `max_buffered_bytes`, and both are given
-   back however its task ends.
+   back however its task ends. Where the bytes run out, who has held most for longest goes first, so that nobody who
+   sends at once what he has to say is kept out by those who hoard.
 4. Before a connection is closed on a client that may still be sending, it lingers: the write side is shut, and what
    comes is dropped for a while. A close with unread bytes would reset the connection and destroy the answer.
 5. What clients do (vanish, reset, stall, talk nonsense) is counted, never logged, and ends in their own task.
@@ -91,7 +92,7 @@ class ListenerStatistics(msgspec.Struct, frozen=True):
 class _Client:
     """One connection, as its task and the reaper share it."""
 
-    __slots__ = ("cancelled_in", "charged_bytes", "parser", "patience", "receive", "scope", "send", "stream")
+    __slots__ = ("cancelled_in", "charged_bytes", "last", "parser", "patience", "receive", "scope", "send", "stream")
 
     def __init__(self, stream: trio.abc.Stream, parser: RequestParser, patience: Patience) -> None:
         self.stream = stream
@@ -105,6 +106,7 @@ class _Client:
         self.scope = trio.CancelScope()
         self.cancelled_in: Phase | None = None
         self.charged_bytes = 0  # its share of the listener's buffered bytes
+        self.last: Exchange | None = None  # what is left to be said, where it was cancelled for want of room
 
     def cancel(self) -> None:
         """End what the connection waits for."""
@@ -354,14 +356,36 @@ class HttpListener:
             await client.stream.send_all(data[sent_bytes:])
 
     def _charge(self, client: _Client, exchanges: list[Exchange]) -> list[Exchange]:
-        """Charge the connection for the bodies that it holds; refuse what is over `max_buffered_bytes`."""
+        """Charge the connection for the bodies that it holds; make room where that is over `max_buffered_bytes`."""
         parser = client.parser
         self._buffered_bytes += parser.held_bytes - client.charged_bytes
         client.charged_bytes = parser.held_bytes
-        if self._buffered_bytes <= self._settings.max_buffered_bytes:
-            return exchanges
+        while self._buffered_bytes > self._settings.max_buffered_bytes:
+            hoarder = self._worst_hoarder()
+            if hoarder is None:  # all that is held is complete, but for this
+                return self._refuse_for_room(client, exchanges)
+            self._overloads_total += 1
+            self._buffered_bytes -= hoarder.charged_bytes
+            hoarder.charged_bytes = 0
+            hoarder.last = hoarder.parser.abandon(self._overloaded)
+            hoarder.cancel()
+        return exchanges
+
+    def _worst_hoarder(self) -> _Client | None:
+        """Return whose incomplete body has taken most memory for longest, of those that are being waited for."""
+        now = trio.current_time()
+        worst, most = None, 0.0
+        for client in self._clients:
+            if client.charged_bytes and client.patience.phase is Phase.BODY and client.cancelled_in is None:
+                held = client.charged_bytes * client.patience.spent_seconds(now)
+                if worst is None or held > most:
+                    worst, most = client, held
+        return worst
+
+    def _refuse_for_room(self, client: _Client, exchanges: list[Exchange]) -> list[Exchange]:
+        """Refuse what was received last; returns what is to be answered."""
         self._overloads_total += 1
-        incomplete = parser.abandon(self._overloaded)
+        incomplete = client.parser.abandon(self._overloaded)
         if not exchanges:
             return [incomplete]
         first = exchanges[0]
@@ -369,13 +393,15 @@ class HttpListener:
         return [first]
 
     async def _end_overdue(self, client: _Client, phase: Phase) -> None:
-        """Say why, where something was incomplete, and end the connection."""
+        """Say why, where something was incomplete, and end the connection; whoever was in the way likewise."""
         if phase is Phase.IDLE and self._is_stopping:
             return
-        self._timeouts_total[phase.value] += 1
-        if phase is not Phase.HEADER and phase is not Phase.BODY:
-            return
-        exchange = client.parser.abandon(error_response(408, f"The {phase.value} took too long"))
+        exchange = client.last
+        if exchange is None:
+            self._timeouts_total[phase.value] += 1
+            if phase is not Phase.HEADER and phase is not Phase.BODY:
+                return
+            exchange = client.parser.abandon(error_response(408, f"The {phase.value} took too long"))
         assert exchange.response is not None  # noqa: S101 - that is what abandoning decides
         self._requests_total += 1
         client.scope = trio.CancelScope()

@@ -103,6 +103,10 @@ class Patience:
         self.phase = phase
         self.deadline = self._ends
 
+    def spent_seconds(self, now: float) -> float:
+        """Return how much of the patience with a body is used up: next to nothing for one that is coming in."""
+        return self._settings.body_grace_seconds - (self.deadline - now)
+
 
 def reap_interval(settings: Listen) -> float:
     """Return the pause between two looks at the deadlines, in seconds: short against the shortest of them."""
