@@ -2,7 +2,9 @@
 
 llhttp, which httptools wraps, is strict about nearly all of RFC 9112 when no leniency is switched on: bare LF or CR,
 folded headers, a space before the colon, repeated or malformed Content-Length, Content-Length beside
-Transfer-Encoding, sloppy chunks. What it lets through is refused here; a test holds the sum against the RFC.
+Transfer-Encoding, sloppy chunks. What it lets through is refused here; a test holds the sum against the RFC. But for
+two things, from which nothing follows: a bare CR or LF before a request line is skipped as an empty line is, and
+`RTSP/1.1` is read as `HTTP/1.1`.
 
 Rules:
 1. Requests leave in the order in which they came, each with the answer that is already decided or the handler to ask.
