@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> Report:
         servers.sandbox_server(None, budget) as upstream,
     ):
         with servers.relay_server(None, Path(folder), "fsync", upstream, budget) as relay:
-            began_at = trio.run(_play, player, relay, upstream, options.seconds)
+            began_at = trio.run(_play, player, relay, upstream, options)
             forward = _status(relay)["forward"]
             usage = relay.usage()
         with servers.relay_server(None, Path(folder), "fsync", None) as relay:
@@ -115,13 +115,13 @@ def measure(options: argparse.Namespace) -> Report:
     return _report(options, scripts, held, began_at, result, account, forward, usage)
 
 
-async def _play(player: Player, relay: servers.Server, upstream: str, seconds: float) -> float:
-    """Play for so long; returns when that began, by the sandbox's clock."""
+async def _play(player: Player, relay: servers.Server, upstream: str, options: argparse.Namespace) -> float:
+    """Play for as long as asked; returns when that began, by the sandbox's clock."""
     sandbox = HttpClient(upstream, Upstream())
-    client = HttpClient("http://{}:{}".format(*relay.address), Upstream(max_idle_connections=1_000))
+    client = HttpClient("http://{}:{}".format(*relay.address), Upstream(max_idle_connections=options.sessions))
     try:
         began_at: float = (await get(sandbox, "/sandbox/report"))["elapsed_seconds"]
-        ends_at = trio.current_time() + seconds
+        ends_at = trio.current_time() + options.seconds
         with trio.move_on_at(ends_at + _GRACE_SECONDS):
             await player.run(client)
             await trio.sleep_until(ends_at)
@@ -182,7 +182,7 @@ def _report(
 
 
 def _allowance_share(batches: list[Stored], budget: int, seconds: float) -> float | None:
-    if not budget or seconds < 2 * _SETTLE_SECONDS:
+    if seconds < 2 * _SETTLE_SECONDS:
         return None
     allowed = budget * (seconds - _SETTLE_SECONDS) / 60
     return requests_between(batches, _SETTLE_SECONDS, seconds) / allowed
@@ -243,6 +243,8 @@ def main() -> int:
     parser.add_argument("--directory", default=None, help="where the spool is made (the system's for temporary files)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options = parser.parse_args()
+    if min(options.sessions, options.seconds, options.requests_per_minute) < 1:
+        parser.error("there is nothing to see without a session, a second and a limit")
     report = measure(options)
     if options.json:
         print(msgspec.json.encode(report).decode())
