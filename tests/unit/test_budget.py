@@ -104,7 +104,8 @@ class BudgetMachine(RuleBasedStateMachine):
     def _check_pace(self, at: float, recent: list[Sent]) -> None:
         """A paced request waits for an even distance, or half-way to the next free slot, but no longer."""
         first_end = min(request.end for request in recent)
-        half_way = (self.begun_at + first_end + WINDOW_SECONDS) / 2 if first_end < inf else -inf
+        # Added up as the budget does: half of a sum is not, to the last digit, a number and half of a difference.
+        half_way = self.begun_at + (first_end + WINDOW_SECONDS - self.begun_at) / 2 if first_end < inf else -inf
         even_at = self.begun_at + WINDOW_SECONDS / self.budget.limit
         assert self.now <= at <= max(self.now, even_at, half_way)
         assert at >= self.begun_at + 0.96 * WINDOW_SECONDS / self.budget.limit
