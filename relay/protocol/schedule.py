@@ -15,7 +15,8 @@ Rules:
 3. Sessions with complete runs stand in line, and each goes back to its end after every batch. All requests cost the
    same, so this is fair queueing: a noisy session delays another by one request a round.
 4. There are two lines, for live traffic and for backlog, and while both are occupied they share the requests. Neither
-   starves after an outage, nor does a new session have to wait until the backlog is gone.
+   starves after an outage, nor does a new session have to wait until the backlog is gone. Whoever grows old in the line
+   of live traffic changes over to the other.
 5. An open run counts as complete once it is so old that waiting for more saves little. Only where demand has exceeded
    the budget for long does a run get so old; without this rule the last events of a session that fell silent would
    wait until demand sinks.
@@ -423,16 +424,24 @@ class Schedule:
             heapq.heappop(self._open)
             if is_current:
                 self._backlog.append((stamp, session_id))
-        for line in (self._live, self._backlog):
-            while line and not self._is_current(*line[0]):
-                line.popleft()
+        while self._live:
+            is_current = self._is_current(*self._live[0])
+            if is_current and not self._is_backlog(self._sessions[self._live[0][-1]], now):
+                break
+            entry = self._live.popleft()
+            if is_current:  # it grew old in line, as all do while upstream is away
+                self._backlog.append(entry)
+        while self._backlog and not self._is_current(*self._backlog[0]):
+            self._backlog.popleft()
+
+    def _is_backlog(self, session: _Session, now: float) -> bool:
+        first = self._first(session)
+        return first is not None and first.oldest_at + BACKLOG_SECONDS <= now
 
     def _ready(self, session: _Session, now: float) -> None:
         _, rank, oldest_at = session.place
         if rank == _COMPLETE:
-            first = self._first(session)
-            is_backlog = first is not None and first.oldest_at + BACKLOG_SECONDS <= now
-            line = self._backlog if is_backlog else self._live
+            line = self._backlog if self._is_backlog(session, now) else self._live
             line.append((session.stamp, session.session_id))
         else:
             heapq.heappush(

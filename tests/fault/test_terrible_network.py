@@ -34,6 +34,9 @@ CLEAR_SECONDS = 1_800.0
 """Within which all is to be upstream once the weather is fair. The longest waits on the way there: one `Retry-After`,
 one backoff of a minute, and the budget's minutes for what has gathered."""
 
+LIVE_SESSIONS = 150
+"""That begin after an outage, one every 4 s: a quarter of what upstream takes."""
+
 HOUR = 3_600.0
 
 
@@ -174,3 +177,38 @@ async def test_an_outage_of_hours_is_asked_about_now_and_then(
         network.cancel_scope.cancel()
     it.assert_each_once()
     assert_in_order(upstream, traffic)
+
+
+@pytest.mark.slow
+async def test_live_traffic_goes_beside_what_an_outage_left(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """After hours of outage new sessions are upstream as soon as ever, while the backlog has its share and goes."""
+    upstream = FakeUpstream()
+    async with trio.open_nursery() as network:
+        weather = Weather(network, upstream, Random(1))
+        client = HttpClient("http://ingest.example", Upstream(), connect=weather.connect)
+        async with forwarding(tmp_path, upstream, make_config(requests_per_minute=60), client=client) as it:
+            weather.turn("refusing")
+            for number in range(600):
+                await it.accept(f"old{number}", flush="final")
+                await trio.sleep(2 * HOUR / 600)
+            weather.turn("fair")
+            accepted_at = {}
+            for number in range(LIVE_SESSIONS):
+                accepted_at[f"new{number}"] = trio.current_time()
+                await it.accept(f"new{number}", flush="final")
+                await trio.sleep(4)
+            took = {
+                arrival.batch.session: arrival.at - accepted_at[arrival.batch.session]
+                for arrival in upstream.arrivals
+                if arrival.batch.session in accepted_at
+            }
+            old_delivered = len(upstream.events()) - len(took)
+            assert len(took) >= LIVE_SESSIONS - 5
+            # What the last ten minutes of the outage left counts as live too, and goes before them.
+            assert max(took.values()) < 180
+            assert max(took[f"new{number}"] for number in range(LIVE_SESSIONS // 2, LIVE_SESSIONS - 5)) < 30
+            assert old_delivered >= LIVE_SESSIONS
+            await it.drained(HOUR)
+        await client.aclose()
+        network.cancel_scope.cancel()
+    it.assert_each_once()

@@ -85,6 +85,24 @@ def test_live_traffic_and_backlog_share_by_weight(live_share: float) -> None:
         assert abs(live - live_share * number) <= 1
 
 
+def test_who_grows_old_in_line_is_backlog() -> None:
+    """What stood in line through an outage, though it came as live traffic, keeps no new session from its share."""
+    schedule = make_schedule()
+    for session_id in range(1, 101):
+        add(schedule, session_id, 10, START + session_id)
+        assert schedule.ready_at(START + session_id) == START + session_id
+    back_at = START + 100 + BACKLOG_SECONDS
+    served = []
+    for number in range(20):
+        add(schedule, 200 + number, 10, back_at)
+        for _ in range(2):
+            choice = schedule.choose(back_at)
+            assert choice is not None
+            deliver(schedule, choice)
+            served.append(choice.session_id)
+    assert sorted(served[::2] + served[1::2]) == [*range(1, 21), *range(200, 220)]
+
+
 @pytest.mark.parametrize("age", [0.0, BACKLOG_SECONDS])
 def test_a_share_that_nobody_needs_is_not_kept_free(age: float) -> None:
     """Live traffic alone, or backlog alone, has every request."""
