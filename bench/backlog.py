@@ -1,7 +1,7 @@
 """What a huge spool costs: to open, to hold, to drain.
 
     python -m bench.backlog [--segments N] [--gigabytes G] [--size small|medium|large] [--session-batches N]
-                            [--directory D] [--json]
+                            [--wait S] [--directory D] [--json]
 
 A spool is filled as hours of outage fill it, and left. Then a relay opens it: while upstream is still down, and once
 more with an upstream that takes everything at once. A client goes on sending all the while, whom none of it concerns.
@@ -44,9 +44,6 @@ _OUTAGE_SECONDS = 7_200.0
 _AGE_SECONDS = 900.0
 """Of the youngest batch; so whatever is as old as that is backlog, and what is younger the client's."""
 
-_WAIT_SECONDS = 20.0
-"""How long the relay is watched while upstream is down; twice the forwarder's interval of looking at the disk."""
-
 _INTERVAL_SECONDS = 0.05
 """Between the client's requests."""
 
@@ -62,6 +59,8 @@ class Phase(msgspec.Struct, frozen=True):
 
     open_seconds: float
     """From the start of the process to listening; Python and imports included."""
+    open_read_bytes: int
+    """What it had read by then: Python's modules, and what it wanted to know of the spool."""
     open_resident_megabytes: float
     """When it listened."""
     peak_resident_megabytes: float
@@ -102,6 +101,8 @@ class Report(msgspec.Struct, frozen=True):
     fill_seconds: float
     empty_open_seconds: float
     """What `open_seconds` is for an empty spool."""
+    empty_open_read_bytes: int
+    """What `open_read_bytes` is."""
     down: Phase
     """With upstream away."""
     up: Phase
@@ -145,8 +146,13 @@ class Observed:
     def __init__(self, server: servers.Server, open_seconds: float) -> None:
         self._server = server
         self.open_seconds = open_seconds
-        self._open_bytes = server.usage().resident_bytes
+        self._opened = server.usage()
         self._scrapes: list[float] = []
+
+    @property
+    def open_read_bytes(self) -> int:
+        """What it had read when it listened."""
+        return self._opened.read_bytes
 
     def scrape(self) -> None:
         """Time a scrape."""
@@ -169,7 +175,8 @@ class Observed:
         scrapes = sorted(self._scrapes)
         return Phase(
             self.open_seconds,
-            self._open_bytes / 1e6,
+            self.open_read_bytes,
+            self._opened.resident_bytes / 1e6,
             self._server.usage().peak_resident_bytes / 1e6,
             scrapes[len(scrapes) // 2],
             scrapes[-1],
@@ -190,11 +197,11 @@ def relay_on(directory: Path, core: int | None, upstream: str | None) -> Iterato
         yield server, Observed(server, time.perf_counter() - began)
 
 
-def wait_out(directory: Path, core: int | None, live: Sessions) -> Phase:
+def wait_out(directory: Path, core: int | None, live: Sessions, seconds: float) -> Phase:
     """Watch a relay while upstream is down."""
     with relay_on(directory, core, None) as (server, observed):
         with SteadyClient(server.address, live.next_body, _INTERVAL_SECONDS) as client:
-            ends_at = time.perf_counter() + _WAIT_SECONDS
+            ends_at = time.perf_counter() + seconds
             while time.perf_counter() < ends_at:
                 time.sleep(_SAMPLE_SECONDS)
                 observed.scrape()
@@ -260,11 +267,11 @@ def measure(arguments: argparse.Namespace) -> Report:
         spool_bytes = (directory / DATABASE_NAME).stat().st_size
         live = Sessions(cut_slices(SIZES[arguments.size]), seed=2)
         with relay_on(Path(folder) / "empty", cores.server, None) as (_, observed):
-            empty_seconds = observed.open_seconds
-        down = wait_out(directory, cores.server, live)
+            empty = observed.open_seconds, observed.open_read_bytes
+        down = wait_out(directory, cores.server, live, arguments.wait)
         up, drained = drain(directory, cores.server, live, segments)
         windows = _windows(segments, arguments.session_batches)
-        return Report(segments, windows, spool_bytes, fill_seconds, empty_seconds, down, up, drained)
+        return Report(segments, windows, spool_bytes, fill_seconds, *empty, down, up, drained)
 
 
 def lines_of(report: Report) -> Iterator[str]:
@@ -274,11 +281,13 @@ def lines_of(report: Report) -> Iterator[str]:
         f"{report.fill_seconds:.0f} s; an empty spool opens in {report.empty_open_seconds:.2f} s"
     )
     yield ""
-    yield "| upstream | open s | resident MB at open | at most | scrape s | max | client p50 ms | p99 | max | failed |"
-    yield "|---" + "|---:" * 9 + "|"
+    yield "| upstream | open s | read MB | resident MB | at most | scrape s | max | client p50 ms | p99 | max | lost |"
+    yield "|---" + "|---:" * 10 + "|"
+    empty_bytes = report.empty_open_read_bytes
     for name, phase in (("away", report.down), ("back", report.up)):
         yield (
-            f"| {name} | {phase.open_seconds:.2f} | {phase.open_resident_megabytes:.0f} | "
+            f"| {name} | {phase.open_seconds:.2f} | {(phase.open_read_bytes - empty_bytes) / 1e6:.0f} | "
+            f"{phase.open_resident_megabytes:.0f} | "
             f"{phase.peak_resident_megabytes:.0f} | {phase.scrape_p50_seconds:.2f} | {phase.scrape_max_seconds:.2f} | "
             f"{phase.client_p50_ms:.1f} | {phase.client_p99_ms:.1f} | {phase.client_max_ms:.0f} | "
             f"{phase.client_failed} |"
@@ -298,6 +307,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1_000.0, help="GiB at which the backlog is large enough")
     parser.add_argument("--size", choices=list(SIZES), default="small", help="of the batches")
     parser.add_argument("--session-batches", type=int, default=SESSION_BATCHES, help="segments of each session")
+    parser.add_argument("--wait", type=float, default=20.0, help="seconds of watching while upstream is away")
     parser.add_argument("--directory", default=".", help="for the spool; a real disk with room")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()

@@ -43,6 +43,8 @@ class Usage(msgspec.Struct, frozen=True):
     """Memory of its own now, shared libraries included."""
     peak_resident_bytes: int
     """The most that it ever was."""
+    read_bytes: int
+    """What it has read from files and sockets, cached or not."""
 
 
 class Server(msgspec.Struct, frozen=True):
@@ -59,12 +61,15 @@ class Server(msgspec.Struct, frozen=True):
         """Return what it has used."""
         folder = Path("/proc") / str(self.pid)
         if not folder.is_dir():
-            return Usage(0.0, 0, 0)
+            return Usage(0.0, 0, 0, 0)
         # The second field, the name, may hold spaces; after its bracket, utime and stime are the 12th and 13th.
         fields = (folder / "stat").read_text().rpartition(")")[2].split()
         ticks = int(fields[11]) + int(fields[12])
         memory = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", (folder / "status").read_text(), re.MULTILINE))
-        return Usage(ticks / os.sysconf("SC_CLK_TCK"), int(memory["VmRSS"]) * 1024, int(memory["VmHWM"]) * 1024)
+        [read] = re.findall(r"^rchar: (\d+)", (folder / "io").read_text(), re.MULTILINE)
+        return Usage(
+            ticks / os.sysconf("SC_CLK_TCK"), int(memory["VmRSS"]) * 1024, int(memory["VmHWM"]) * 1024, int(read)
+        )
 
 
 class Cores(msgspec.Struct, frozen=True):

@@ -68,3 +68,26 @@ def test_crowd_on_one_key(tmp_path: Path) -> None:
     assert account["spooled"] > 0
     assert_accounted(account, accepted=result["events_accepted"], delivered=result["events_delivered"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_huge_spool_costs_neither_memory_nor_reading(tmp_path: Path) -> None:
+    """A backlog is opened by reading a part of it, held and drained in bounded memory; meanwhile clients are served."""
+    words = ["--segments", "20000", "--session-batches", "5", "--wait", "4", "--json", "--directory", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench.backlog", *words],
+        cwd=CHECKOUT,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    report = json.loads(ended.stdout)
+    assert (report["segments"], report["windows"]) == (20_000, 4_000)
+    for phase in (report["down"], report["up"]):
+        assert phase["client_failed"] == 0
+        assert phase["open_resident_megabytes"] < 100
+        assert phase["peak_resident_megabytes"] < 150
+        assert phase["open_read_bytes"] - report["empty_open_read_bytes"] < report["spool_bytes"] / 4
+    assert report["drain"]["requests"] >= 4_000
+    assert list(tmp_path.iterdir()) == []
