@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from hypothesis import settings
@@ -34,11 +34,18 @@ SLACK_BYTES = 64
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Actions on the store; the model is `pending`, `sealed`, `dead`, `marks` and the counts."""
+    """Actions on the store; the model is `pending`, `sealed`, `dead`, `marks` and the counts.
+
+    The tests of power cuts play it too, by seed, on a disk that they record.
+    """
+
+    durability: Literal["fsync", "os"] = "os"
+    vfs: str | None = None
+    home: str | None = None  # where the system has temporary files
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = tempfile.TemporaryDirectory()
+        self.root = tempfile.TemporaryDirectory(dir=self.home)
         self.generation = 0
         self.now = 1_000.0
         self.names = 0
@@ -67,10 +74,10 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         """Open what the disk holds, as a start does."""
         path = self.directory / schema.DATABASE_NAME
-        self.db = schema.open_database(path, "os")
+        self.db = schema.open_database(path, self.durability, self.vfs)
         self.db.execute(HOLDER)
         self.store = Store(self.db, LIMITS, max_keys=2)
-        self.reader = schema.open_reader(path)
+        self.reader = schema.open_reader(path, self.vfs)
         settings = SpoolSettings(directory=str(self.directory))
         self.spool = Spool(self.store, self.reader, settings, run_in_thread, lambda: self.now)
 
@@ -95,13 +102,17 @@ class StoreMachine(RuleBasedStateMachine):
         *(st.sampled_from(["", "", "", "final"]), st.integers(1, 2_000)),
     )
 
+    def make_text(self, name: str, size: int) -> bytes:
+        """Return an event."""
+        return make_event(name, size)
+
     def prepare(self, drawn: tuple[Any, ...]) -> tuple[NewBatch, list[Known]]:
         """Return a client batch whose events are like no others, and what the model would know of it."""
         key, session, window, sequence, sizes, page, flush, last_activity = drawn
         known: list[Known] = []
         for size in sizes:
             self.names += 1
-            text = make_event(str(self.names), size)
+            text = self.make_text(str(self.names), size)
             known.append(
                 Known(text, page, last_activity, flush == "final", flush == "final" and len(known) == len(sizes) - 1)
             )
@@ -264,6 +275,10 @@ class StoreMachine(RuleBasedStateMachine):
     def crash(self) -> None:
         """The process dies between groups: what a copy of the files holds is what the next start finds."""
         self.reopen_a_copy()
+        self.finds_what_was_sealed()
+
+    def finds_what_was_sealed(self) -> None:
+        """What a start reads of sealed batches is what the model knows, byte for byte."""
         left = [batch.batch_id for batch in self.store.sealed_batches()]
         assert left == sorted(
             self.sealed, key=lambda each: (self.rows[self.sealed[each].place][1], self.sealed[each].addresses)
@@ -463,13 +478,17 @@ class StoreMachine(RuleBasedStateMachine):
         """Whatever happened, all of it can be delivered, dead letters too once they are sent again."""
         try:
             if hasattr(self, "store"):
-                self.drain()
-                self.resend(set(self.dead))
-                self.drain()
-                assert self.delivered + self.purged + self.shed == self.accepted
+                self.deliver_all()
                 self.close()
         finally:
             self.root.cleanup()
+
+    def deliver_all(self) -> None:
+        """Drain, send the dead letters again, and drain."""
+        self.drain()
+        self.resend(set(self.dead))
+        self.drain()
+        assert self.delivered + self.purged + self.shed == self.accepted
 
     def drain(self) -> None:
         """Settle and seal until nothing moves, which is when nothing is left."""
