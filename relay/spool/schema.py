@@ -98,12 +98,17 @@ def lock_directory(directory: Path) -> int:
 
     The kernel gives the lock up with the process, so a crash leaves nothing to clean.
 
+    Durability: A directory that is made here is there after a power cut.
+
     Raises:
         SpoolLocked: Another process has it.
         SpoolUnavailable: The directory cannot be made or written.
     """
     try:
+        missing = [place for place in (directory, *directory.parents) if not place.exists()]
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for made in reversed(missing):
+            _sync_directory(made.parent)
         descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise SpoolUnavailable(f"spool directory {directory} cannot be used: {error.strerror}") from error
@@ -121,6 +126,15 @@ def lock_directory(directory: Path) -> int:
     return descriptor
 
 
+def _sync_directory(directory: Path) -> None:
+    """Make durable which names a directory has: syncing a file keeps its content, not the way to it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | None = None) -> apsw.Connection:
     """Open the database for writing, making its tables where it is new.
 
@@ -128,6 +142,8 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
         path: The database file; made with mode 0600.
         durability: `fsync` syncs every commit; `os` leaves commits to the operating system's cache.
         vfs: Name of a SQLite VFS, for tests that simulate failing disks.
+
+    Durability: A database that is made here is there after a power cut; its log, too, once something is committed.
 
     Raises:
         SpoolSchemaMismatch: It holds another version's tables, or is no spool.
@@ -146,6 +162,7 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
         if is_new:
             _create_tables(connection)
+            _sync_directory(path.parent)
     except OSError as error:
         raise SpoolUnavailable(f"spool database {path} cannot be opened: {error.strerror}") from error
     except apsw.NotADBError as error:

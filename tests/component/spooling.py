@@ -53,9 +53,10 @@ async def opened_spool(
     now: Callable[[], float] = wall_clock,
     limits: Limits = LIMITS,
     max_keys: int = 100,
+    vfs: str | None = None,
     **settings: Any,
 ) -> AsyncIterator[Spool]:
     """Open a spool that leaves syncing to the operating system."""
     values = SpoolSettings(directory=str(directory), **{"durability": "os", **settings})
-    async with open_spool(values, limits, max_keys, now=now, run=run) as spool:
+    async with open_spool(values, limits, max_keys, now=now, run=run, vfs=vfs) as spool:
         yield spool

@@ -14,15 +14,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
 
-import relay.spool.store as store_module
 from relay.errors import SpoolError
 from relay.spool import schema
+from relay.spool.spool import run_in_thread
+from relay.spool.store import Store
+from tests.accounting import assert_accounted
+from tests.component.batches import make_batch, make_body
+from tests.component.spooling import opened_spool
 from tests.component.test_store_model import StoreMachine
-from tests.fault.power import Disk, Fate, Operation
+from tests.fault.power import Disk, Fate, Operation, RecordingVFS
 from tests.fault.workload import ACTIONS, Durability, Workload, read_content, recall
 
 pytestmark = pytest.mark.slow
@@ -125,7 +130,7 @@ def assert_survives_everywhere(
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_VACUUM_FLOOR_PAGES", VACUUM_FLOOR_PAGES)
+    monkeypatch.setitem(Store._commit.__globals__, "_VACUUM_FLOOR_PAGES", VACUUM_FLOOR_PAGES)
 
 
 PROMISES = pytest.mark.parametrize(
@@ -177,3 +182,23 @@ def test_a_missing_sync_is_noticed(harm: str) -> None:
     workload.play()
     with pytest.raises((AssertionError, SpoolError, apsw.CorruptError), match=r"disk|not a spool"):
         assert_survives_everywhere(workload, FATES, keeps_answered=True, is_honest=harm != "the disk lies")
+
+
+async def test_first_batch_of_a_new_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 200 of an installation holds: directories, database and log are where they were made."""
+    disk = RecordingVFS(tmp_path)
+    batch = make_batch(make_body())
+    settings: dict[str, Any] = {"run": run_in_thread, "now": lambda: 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk.fsync)
+        async with opened_spool(tmp_path / "var" / "spool", durability="fsync", vfs=disk.identity, **settings) as spool:
+            await spool.append(batch)
+            answered = len(disk.operations)
+    chance = random.Random(0)
+    for at, state in cuts(disk.operations):
+        survivor = tmp_path / f"after-{at}"
+        write_files(survivor, state.image(chance.choice(FATES), chance))
+        async with opened_spool(survivor / "var" / "spool", **settings) as spool:
+            assert (await spool.account()).accepted == 1 or at < answered
+            await spool.append(batch)
+            assert_accounted(await spool.account(), accepted=1, pending=1)
