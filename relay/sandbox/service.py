@@ -2,7 +2,8 @@
 
 Rules:
 1. Checks come in the order of a real server: outage, key, rate limit, latency, body, schema, limits, faults,
-   store. A fault strikes only what upstream would have stored, so faults do not hide violations.
+   store. A fault strikes only what upstream would have stored, so faults do not hide violations; and what is stored
+   already is not refused for its content: no server takes a batch and then finds fault with it.
 2. From the end of the latency to the answer nothing is awaited: of two equal requests one is the first.
 3. The routes under `/sandbox/` suffer no faults and are not counted.
 """
@@ -42,6 +43,9 @@ MAX_CONTROL_BYTES = 65_536
 
 MAX_PAGE = 1_000
 """Sessions of one `GET /sandbox/sessions`; about 100 KB."""
+
+OF_CONTENT = frozenset({400, 413, 422})
+"""Errors that say that the batch itself is at fault, and so is not stored."""
 
 CORS: HeaderList = (
     (b"access-control-allow-origin", b"*"),
@@ -172,12 +176,14 @@ class Sandbox:
         checked = self._check(request)
         if isinstance(checked, Response):
             return checked
+        session_id, batch = checked
+        if fate.kind == "error" and fate.status in OF_CONTENT and self._store.has(session_id, batch.sequence):
+            fate = msgspec.structs.replace(fate, kind="serve")
         self._report.count_fault(fate)
         if fate.kind == "error":
             return _injected_error(fate.status)
         if fate.kind == "drop_before":
             return HANG_UP
-        session_id, batch = checked
         is_after_final = self._store.is_final(session_id)
         outcome = self._store.add(session_id, batch)
         self._report.count_batch(outcome, batch, is_after_final=is_after_final)

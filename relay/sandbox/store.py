@@ -153,6 +153,11 @@ class Store:
         session = self.sessions.get(session_id)
         return session is not None and session.is_final
 
+    def has(self, session_id: str, sequence: int) -> bool:
+        """Tell whether a batch of that number is stored."""
+        session = self.sessions.get(session_id)
+        return session is not None and sequence in session.batches
+
     def add(self, session_id: str, batch: StoredBatch) -> Outcome:
         """Store a batch unless its number is taken."""
         session = self.sessions.setdefault(session_id, Session(session_id))

@@ -311,6 +311,17 @@ async def test_faults_do_not_hide_violations() -> None:
     assert sandbox.report()["injected"]["error"] == 0
 
 
+@pytest.mark.parametrize("status", [400, 413, 422, 500])
+async def test_what_is_stored_is_not_refused_for_its_content(status: int) -> None:
+    """A repeat suffers errors of the server, but none that would say that the batch was never stored."""
+    sandbox = make_sandbox({"drop_after_rate": 1})
+    assert await send(sandbox, make_batch()) is HANG_UP
+    sandbox.set_faults(fault_settings({"error_rate": 1, "error_status": [status]}))
+    assert (await send(sandbox, make_batch())).status == (500 if status == 500 else 200)
+    assert (await send(sandbox, make_batch(1))).status == status
+    assert_adds_up(sandbox.report())
+
+
 async def test_latency_passes_before_anything_is_stored(autojump_clock: MockClock) -> None:
     """The answer comes after the latency, and a reader who gives up sooner leaves nothing behind."""
     sandbox = make_sandbox({"latency_seconds": 3})
