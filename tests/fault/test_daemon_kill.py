@@ -10,6 +10,7 @@ import os
 import random
 import signal
 from itertools import count
+from typing import Any
 
 import pytest
 import trio
@@ -21,7 +22,7 @@ from tests.system.traffic import make_batch, make_events
 pytestmark = pytest.mark.slow
 
 ROUNDS = int(os.environ.get("LUCENT_RELAY_KILL_ROUNDS", "8"))
-"""Kills under load; one takes about a second."""
+"""Kills under load; one takes about a second. A quarter as many while upstream refuses."""
 
 PLENTY = {"requests_per_minute": 10_000}
 """More than any test sends, and no limit on the requests under way but `forward.max_in_flight_per_key`."""
@@ -46,23 +47,54 @@ async def play_until(site: Site, name: str, is_over: trio.Event) -> None:
                 return
 
 
-async def test_kill_under_load(site: Site) -> None:
-    """Killed again and again among clients and a failing upstream, the relay loses nothing and repeats nothing."""
+async def kill_under_load(site: Site, rounds: int, **outcomes: Any) -> None:
+    """Kill the relay so many times among clients that send, every third time while it starts, too."""
     chance = random.Random(8)
     await site.start_sandbox("--seed", "8")
-    await site.sandbox.fault(**OUTCOMES, latency_jitter_seconds=0.02)
+    await site.sandbox.fault(**outcomes, latency_jitter_seconds=0.02)
     await site.start_relay()
     is_over = trio.Event()
     async with trio.open_nursery() as clients:
         for number in range(CLIENTS):
             clients.start_soon(play_until, site, f"s{number}", is_over)
-        for _ in range(ROUNDS):
+        for number in range(rounds):
             await site.sent.more(chance.randint(1, 60))
             site.relay.kill()
+            began_at = trio.current_time()
             await site.start_relay()
+            if number % 3 == 2:
+                start_seconds = trio.current_time() - began_at
+                site.relay.kill()
+                relay = site.spawn_relay()
+                await trio.sleep(chance.uniform(0, start_seconds))
+                relay.kill()
+                await site.start_relay()
         is_over.set()
+
+
+async def test_kill_under_load(site: Site) -> None:
+    """Killed again and again among clients and a failing upstream, the relay loses nothing and repeats nothing."""
+    await kill_under_load(site, ROUNDS, **OUTCOMES)
+    assert (await site.sandbox.report())["injected"]["drop_after"] > 0
     await site.sandbox.fault()
     await assert_accounted(site)
+
+
+async def test_kill_while_upstream_refuses(site: Site) -> None:
+    """Killed among batches that are cut into smaller ones and dead letters that are made, it loses and repeats nothing.
+
+    What is a dead letter at the end is sent again, and arrives.
+    """
+    await kill_under_load(site, ROUNDS // 4, **{**OUTCOMES, "error_rate": 0.3, "error_status": [400, 413, 422, 500]})
+    await site.sandbox.fault(error_rate=1, error_status=[422])
+    await site.post(*(make_batch(f"r{number}", 0, 1) for number in range(CLIENTS)))
+    await site.relay.until("dead letters", lambda status: status["account"]["dead_letters"] >= CLIENTS)
+    site.relay.kill()
+    await site.sandbox.fault()
+    await site.start_relay()
+    await site.relay.drained()
+    assert (await site.dead_letters("resend", "--all"))[0] == 0
+    await assert_accounted(site, is_ordered=False)
 
 
 @pytest.mark.parametrize("durability", ["fsync", "os"])

@@ -357,6 +357,13 @@ class Site:
                 check=False,
             )
 
+    async def dead_letters(self, *words: str) -> tuple[int, str]:
+        """Run an action of `spool dead-letters` for the relay that runs; returns exit status and all output."""
+        admin = self.relay.admin.removeprefix("http://")
+        source = ("--config", "relay.toml", "--set", f"listen.admin={admin}")
+        ended = await self.run("spool", "dead-letters", *words, *source)
+        return ended.returncode, (ended.stdout + ended.stderr).decode()
+
     def _start(self, kind: type[P], name: str, words: list[str], files: Files | None = None) -> P:
         number = sum(isinstance(process, kind) for process in self._processes) + 1
         process = kind(f"{name}-{number}", words, self.directory, self._environment, files)

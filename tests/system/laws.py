@@ -14,13 +14,16 @@ CONCURRENT_QUESTIONS = 8
 """Sessions asked of the sandbox at a time."""
 
 
-async def assert_accounted(site: Site, *, is_drained: bool = True, seconds: float = 30.0) -> None:
+async def assert_accounted(
+    site: Site, *, is_drained: bool = True, is_ordered: bool = True, seconds: float = 30.0
+) -> None:
     """Assert that every event is where the account says, and nowhere twice.
 
     Args:
         site: With a relay that runs.
         is_drained: Wait until nothing is spooled, then expect all events upstream; else what is upstream may be any
             beginning of each window.
+        is_ordered: Expect them in order, and finals last; but what was a dead letter comes behind what went meanwhile.
         seconds: Patience with the draining.
     """
     status = await (site.relay.drained(seconds) if is_drained else site.relay.status())
@@ -31,11 +34,11 @@ async def assert_accounted(site: Site, *, is_drained: bool = True, seconds: floa
     assert account["accepted"] == site.sent.events, account
     assert (account["dead_lettered"], account["purged"], account["shed"]) == (0, 0, 0), account
     report = await site.sandbox.report()
-    assert_unspoiled(report)
+    assert_unspoiled(report if is_ordered else {**report, "after_final_batches": 0})
     if is_drained:
         assert (account["delivered"], report["events"]) == (site.sent.events, site.sent.events)
     assert account["delivered"] <= report["events"] <= account["delivered"] + account["sealed"]
-    await assert_content(site.sandbox, site.sent, is_complete=is_drained)
+    await assert_content(site.sandbox, site.sent, is_complete=is_drained, is_ordered=is_ordered)
 
 
 def assert_unspoiled(report: dict[str, Any]) -> None:
@@ -44,7 +47,7 @@ def assert_unspoiled(report: dict[str, Any]) -> None:
     assert (report["conflicting_batches"], report["after_final_batches"]) == (0, 0), report
 
 
-async def assert_content(sandbox: Sandbox, sent: Sent, *, is_complete: bool) -> None:
+async def assert_content(sandbox: Sandbox, sent: Sent, *, is_complete: bool, is_ordered: bool = True) -> None:
     """Assert that each window upstream has the events that were sent, byte for byte, in order, under their envelope."""
     sessions = {session for session, _ in sent.windows}
     arrived: dict[str, dict[str, Any]] = {}
@@ -59,7 +62,8 @@ async def assert_content(sandbox: Sandbox, sent: Sent, *, is_complete: bool) -> 
         for session in known:
             nursery.start_soon(learn, session)
     for session, found in arrived.items():
-        _assert_order(found["stored"])
+        if is_ordered:
+            _assert_order(found["stored"])
         windows: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for batch in found["stored"]:
             windows[batch["window_id"]] += [(batch["envelope"], digest) for digest in batch["digests"]]
@@ -67,6 +71,8 @@ async def assert_content(sandbox: Sandbox, sent: Sent, *, is_complete: bool) -> 
             expected = expected_events(sent, session, name)
             if not is_complete:
                 expected = expected[: len(windows[name])]
+            if not is_ordered:
+                expected, windows[name] = sorted(expected), sorted(windows[name])
             assert windows[name] == expected, (session, name, len(windows[name]), len(expected))
         if is_complete:
             is_final = any(

@@ -17,14 +17,6 @@ pytestmark = pytest.mark.slow
 SESSIONS = 3
 
 
-async def letters(site: Site, *words: str) -> tuple[int, str]:
-    """Run an action of `spool dead-letters` for the relay that runs; returns exit status and all output."""
-    admin = site.relay.admin.removeprefix("http://")
-    source = ("--config", "relay.toml", "--set", f"listen.admin={admin}")
-    ended = await site.run("spool", "dead-letters", *words, *source)
-    return ended.returncode, (ended.stdout + ended.stderr).decode()
-
-
 async def test_dead_letters_beside_a_running_relay(site: Site) -> None:
     """They are listed, exported and sent again while the relay runs, and then upstream has everything once."""
     await site.start_sandbox()
@@ -33,18 +25,18 @@ async def test_dead_letters_beside_a_running_relay(site: Site) -> None:
     await site.post(*(make_batch(f"s{number}", 0, 1, is_final=True) for number in range(SESSIONS)))
     status = await relay.until("dead letters", lambda status: status["account"]["dead_letters"] == SESSIONS)
     assert f"upstream refused {SESSIONS} events for good" in status["warnings"][0]
-    code, text = await letters(site, "list")
+    code, text = await site.dead_letters("list")
     assert (code, text.splitlines()[-1]) == (0, f"{SESSIONS} dead letters, {SESSIONS} events")
-    assert (await letters(site, "export", "letters.zst"))[0] == 0
+    assert (await site.dead_letters("export", "letters.zst"))[0] == 0
     records = [json.loads(line) for line in zstd_decompress((site.directory / "letters.zst").read_bytes()).splitlines()]
     assert {(record["status"], record["batch"]["session"]["id"]) for record in records} == {
         (422, f"s{number}") for number in range(SESSIONS)
     }
     await site.sandbox.fault()
-    assert await letters(site, "resend", "1") == (0, "1 dead letters, 1 events to be sent again\n")
-    code, text = await letters(site, "resend", "1", "999")
+    assert await site.dead_letters("resend", "1") == (0, "1 dead letters, 1 events to be sent again\n")
+    code, text = await site.dead_letters("resend", "1", "999")
     assert (code, text) == (1, "0 of 2 moved: the others are no dead letters, or no longer\n")
-    assert (await letters(site, "resend", "--all"))[0] == 0
+    assert (await site.dead_letters("resend", "--all"))[0] == 0
     await assert_accounted(site)
 
 
@@ -55,7 +47,7 @@ async def test_dead_letters_are_purged_by_the_relay(site: Site) -> None:
     relay = await site.start_relay()
     await site.post(*(make_batch(f"s{number}", 0, 1) for number in range(SESSIONS)))
     await relay.until("dead letters", lambda status: status["account"]["dead_letters"] == SESSIONS)
-    assert await letters(site, "purge", "--all") == (0, f"{SESSIONS} dead letters, {SESSIONS} events purged\n")
+    assert await site.dead_letters("purge", "--all") == (0, f"{SESSIONS} dead letters, {SESSIONS} events purged\n")
     account = (await relay.status())["account"]
     assert (account["purged"], account["dead_lettered"], account["is_balanced"]) == (SESSIONS, 0, True)
 
