@@ -13,7 +13,9 @@ import os
 import random  # noqa: TID251 - the one generator, handed to whoever needs chance
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -40,6 +42,12 @@ from relay.spool.spool import Run, Spool, open_spool
 
 _SOFT_SHARE = 0.8
 """Of the deadline: then whatever still waits is cancelled, which leaves time to close the spool in order."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+"""What asks for the end."""
+
+_LOG_SECONDS = 0.2
+"""What the end waits for its own log lines; they take microseconds where anybody reads them."""
 
 log = structlog.get_logger()
 
@@ -240,7 +248,6 @@ def run_relay(config: Config) -> int:
         The process's exit code (see `ExitCode`).
     """
     configure_logging(config.log)
-    log.info("starting", version=relay.__version__, process_id=os.getpid(), spool=config.spool.directory)
     code = ExitCode.OK
     try:
         trio.run(_serve_until_signal, allow_open_files(config))
@@ -257,33 +264,42 @@ def run_relay(config: Config) -> int:
 
 async def _serve_until_signal(config: Config) -> None:
     shutdown = trio.Event()
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            await nursery.start(_await_signals, signals, shutdown, config.shutdown.deadline_seconds)
-            await serve(config, shutdown)
-        nursery.cancel_scope.cancel()
+    stop = partial(trio.lowlevel.current_trio_token().run_sync_soon, shutdown.set)
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # here and in all threads to come: one alone waits for them
+    threading.Thread(target=_watch_signals, args=(stop, config.shutdown.deadline_seconds), daemon=True).start()
+    log.info("starting", version=relay.__version__, process_id=os.getpid(), spool=config.spool.directory)
+    await serve(config, shutdown)
 
 
-async def _await_signals(
-    signals: Any, shutdown: trio.Event, deadline_seconds: float, *, task_status: trio.TaskStatus[None]
-) -> None:
-    """Ask for an orderly end at the first signal, and see that it comes."""
-    task_status.started()
-    async for number in signals:
-        if shutdown.is_set():
-            log.warning("stopped by a second signal; what was accepted is in the spool")
-            os._exit(ExitCode.OK)
-        log.info("signal received", signal=signal.Signals(number).name, deadline_seconds=deadline_seconds)
-        # A thread, since the deadline must hold even where trio is kept from running anything.
-        timer = threading.Timer(deadline_seconds, _end_at_deadline)
-        timer.daemon = True
-        timer.start()
-        shutdown.set()
+def _watch_signals(stop: Callable[[], None], deadline_seconds: float) -> None:
+    """Ask for an orderly end at the first signal, and see that it comes.
+
+    In a thread, since deadline and second signal must hold even where trio is kept from running anything: by a disk
+    that takes its time to open or close the database, or by a log that nobody reads.
+    """
+    number = signal.sigwait(_SIGNALS)
+    timer = threading.Timer(
+        deadline_seconds, _end_at_once, ["stopped at the deadline; what was accepted is in the spool"]
+    )
+    timer.daemon = True
+    timer.start()
+    with suppress(trio.RunFinishedError):
+        stop()
+    _try_to_log(log.info, "signal received", signal=signal.Signals(number).name, deadline_seconds=deadline_seconds)
+    signal.sigwait(_SIGNALS)
+    _end_at_once("stopped by a second signal; what was accepted is in the spool")
 
 
-def _end_at_deadline() -> None:
-    log.warning("stopped at the deadline; what was accepted is in the spool")
+def _end_at_once(event: str) -> None:
+    _try_to_log(log.warning, event)
     os._exit(ExitCode.OK)
+
+
+def _try_to_log(write: Callable[..., Any], event: str, **values: Any) -> None:
+    """Log, but do not wait for long: the reader of a full pipe may be gone."""
+    writer = threading.Thread(target=write, args=(event,), kwargs=values, daemon=True)
+    writer.start()
+    writer.join(_LOG_SECONDS)
 
 
 def _fail(code: ExitCode, group: BaseExceptionGroup[Exception]) -> ExitCode:

@@ -60,15 +60,13 @@ async def kill_under_load(site: Site, rounds: int, **outcomes: Any) -> None:
         for number in range(rounds):
             await site.sent.more(chance.randint(1, 60))
             site.relay.kill()
-            began_at = trio.current_time()
-            await site.start_relay()
             if number % 3 == 2:
-                start_seconds = trio.current_time() - began_at
-                site.relay.kill()
+                start_seconds = site.relay.start_seconds
                 relay = site.spawn_relay()
+                await relay.logged("starting")
                 await trio.sleep(chance.uniform(0, start_seconds))
                 relay.kill()
-                await site.start_relay()
+            await site.start_relay()
         is_over.set()
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -66,7 +67,16 @@ def _limit_files(soft: int, hard: int | None) -> None:
 
 
 class Process:
-    """One started command, with its output in two files."""
+    """One started command, with its output in two files.
+
+    Args:
+        name: Of the files.
+        words: Its arguments.
+        directory: Where it runs, and the files are.
+        environment: Its own.
+        files: Its limit of open files.
+        log: Takes its standard error in the file's place.
+    """
 
     def __init__(
         self,
@@ -75,6 +85,7 @@ class Process:
         directory: Path,
         environment: Mapping[str, str],
         files: Files | None = None,
+        log: int | None = None,
     ) -> None:
         self.name = name
         self._output, self._log = directory / f"{name}.out", directory / f"{name}.log"
@@ -83,7 +94,7 @@ class Process:
                 [str(COMMAND), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=errors,
+                stderr=errors if log is None else log,
                 cwd=directory,
                 env=environment,
                 umask=0,  # so that the modes of files are the command's own choice
@@ -191,6 +202,18 @@ class Relay(Process):
         for line in self.log.splitlines(keepends=True):
             if line.endswith("\n"):
                 yield json.loads(line)
+
+    @property
+    def start_seconds(self) -> float:
+        """How long its start took, from its first line to the last address that it listened on."""
+        at = {line["event"]: datetime.fromisoformat(line["timestamp"]) for line in self.lines()}
+        return (at["admin listening"] - at["starting"]).total_seconds()
+
+    async def keep_log(self, stream: trio.abc.ReceiveStream) -> None:
+        """Write to the log's file what the relay logs elsewhere."""
+        async for data in stream:
+            with self._log.open("ab") as file:
+                file.write(data)
 
     async def logged(self, event: str) -> dict[str, Any]:
         """Return the first log line of an event, once there is one."""
@@ -319,7 +342,12 @@ class Site:
         await sandbox.started()
         return sandbox
 
-    def spawn_relay(self, settings: Mapping[str, Mapping[str, Any]] | None = None, files: Files | None = None) -> Relay:
+    def spawn_relay(
+        self,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        files: Files | None = None,
+        log: int | None = None,
+    ) -> Relay:
         """Begin to start a relay, with the settings of the one before and those given.
 
         By default it is quick: it lingers for a blink, spends without a budget, and is back soon after failures.
@@ -335,7 +363,7 @@ class Site:
         for section, options in (settings or {}).items():
             self._settings.setdefault(section, {}).update(options)
         (self.directory / "relay.toml").write_text(_toml(self._settings))
-        return self._start(Relay, "relay", ["run", "--config", "relay.toml", "--set", "log.format=json"], files)
+        return self._start(Relay, "relay", ["run", "--config", "relay.toml", "--set", "log.format=json"], files, log)
 
     async def start_relay(
         self, settings: Mapping[str, Mapping[str, Any]] | None = None, files: Files | None = None
@@ -364,9 +392,11 @@ class Site:
         ended = await self.run("spool", "dead-letters", *words, *source)
         return ended.returncode, (ended.stdout + ended.stderr).decode()
 
-    def _start(self, kind: type[P], name: str, words: list[str], files: Files | None = None) -> P:
+    def _start(
+        self, kind: type[P], name: str, words: list[str], files: Files | None = None, log: int | None = None
+    ) -> P:
         number = sum(isinstance(process, kind) for process in self._processes) + 1
-        process = kind(f"{name}-{number}", words, self.directory, self._environment, files)
+        process = kind(f"{name}-{number}", words, self.directory, self._environment, files, log)
         self._processes.append(process)
         return process
 

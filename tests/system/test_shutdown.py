@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,6 +22,16 @@ from tests.system.traffic import KEY, TARGET, make_batch
 from tests.system.wire import ask, connect
 
 pytestmark = pytest.mark.slow
+
+SESSIONS = 6
+
+STARTS = 6
+"""Of relays that are ended again: at once, and at moments spread over the time that a start takes."""
+
+NOISE_BYTES = 30_000
+"""Of an event, before hexadecimal doubles it; a commit of some such batches takes the disk a while."""
+
+AT_DEADLINE = "stopped at the deadline; what was accepted is in the spool"
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 
@@ -116,16 +130,46 @@ async def fill_admin(_relay: Relay, stream: trio.SocketStream) -> None:
             return
 
 
-@pytest.mark.parametrize("fill", [fill_relay, fill_admin])
+@pytest.mark.parametrize(("fill", "ending"), [(fill_relay, "stopped"), (fill_admin, AT_DEADLINE)])
 async def test_deadline_holds_while_a_client_does_not_read(
-    site: Site, fill: Callable[[Relay, trio.SocketStream], Awaitable[None]]
+    site: Site, fill: Callable[[Relay, trio.SocketStream], Awaitable[None]], ending: str
 ) -> None:
-    """A client that asks and asks and never reads an answer cannot keep the relay from ending."""
+    """A client that asks and asks and never reads an answer cannot keep the relay from ending.
+
+    The admin listener's library shields what it sends, and would wait for such a client for ever.
+    """
     relay = await site.start_relay({"shutdown": {"deadline_seconds": 1}})
     async with await connect_deaf(relay.url if fill is fill_relay else relay.admin) as stream:
         await fill(relay, stream)
         relay.signal(signal.SIGTERM)
         assert await relay.wait(seconds=10) == 0
+    assert [line["event"] for line in relay.lines()][-1] == ending
+
+
+async def test_deadline_holds_while_nobody_reads_the_log(site: Site) -> None:
+    """A relay that waits for the reader of its log, which may have gone, still ends when it is asked to."""
+    reading, writing = os.pipe()
+    relay = site.spawn_relay({"shutdown": {"deadline_seconds": 1}}, log=writing)
+    try:
+        async with trio.lowlevel.FdStream(reading) as stream:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(relay.keep_log, stream)
+                await relay.started()
+                nursery.cancel_scope.cancel()
+            fill_pipe(writing)
+            relay.signal(signal.SIGTERM)
+            assert await relay.wait(seconds=10) == 0
+    finally:
+        os.close(writing)
+
+
+def fill_pipe(writing: int) -> None:
+    """Leave no room in a pipe, so that whoever writes to it waits."""
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while os.write(writing, b"." * 4_096):
+            pass
+    os.set_blocking(writing, True)
 
 
 @BOTH
@@ -141,4 +185,56 @@ async def test_second_signal_ends_at_once(site: Site, number: signal.Signals) ->
     assert await relay.wait() == 0
     await site.sandbox.fault()
     await site.start_relay()
+    await assert_accounted(site)
+
+
+async def test_signal_while_starting(site: Site) -> None:
+    """A relay that is asked to end while it starts, once or twice, ends by 0, and its backlog is there later."""
+    chance = random.Random(4)
+    await site.start_sandbox()
+    await site.sandbox.go_down()
+    relay = await site.start_relay()
+    await site.post(*(make_batch(f"s{number}", 0, 600) for number in range(SESSIONS)))
+    await relay.until("some to be tried", lambda status: status["account"]["sealed"])
+    relay.kill()
+    start_seconds = relay.start_seconds
+    for number in range(STARTS):
+        relay = site.spawn_relay()
+        await relay.logged("starting")
+        if number > 1:
+            await trio.sleep(chance.uniform(0, start_seconds))
+        for _ in range(1 + number % 2):
+            relay.signal(signal.SIGTERM)
+        assert await relay.wait() == 0
+    await site.sandbox.fault()
+    await site.start_relay()
+    await assert_accounted(site)
+
+
+async def test_signal_amid_commits(site: Site) -> None:
+    """Whoever is answered 200 while the relay ends has a batch that is on disk; the others have none, and try again."""
+    chance = random.Random(5)
+    await site.start_sandbox()
+    await site.start_relay({"batch": {"linger_seconds": 3_600}})
+    is_over = trio.Event()
+
+    async def play(session: str) -> None:
+        async with site.sdk() as sdk:
+            for sequence in count():
+                noise = [chance.randbytes(NOISE_BYTES).hex() for _ in range(10)]
+                events = [b'{"timestamp":1,"type":3,"data":"%b"}' % text.encode() for text in noise]
+                await sdk.post(make_batch(session, sequence, events))
+                if is_over.is_set():
+                    return
+
+    async with trio.open_nursery() as clients:
+        for number in range(SESSIONS):
+            clients.start_soon(play, f"s{number}")
+        for _ in range(STARTS):
+            await site.sent.more(chance.randint(SESSIONS, 3 * SESSIONS))
+            await site.relay.stop()
+            await site.start_relay()
+        is_over.set()
+    await site.relay.stop()
+    await site.start_relay({"batch": {"linger_seconds": 0}})
     await assert_accounted(site)
