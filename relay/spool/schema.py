@@ -158,6 +158,8 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {'FULL' if durability == 'fsync' else 'NORMAL'}")
+        for pragma in ("fullfsync", "checkpoint_fullfsync"):  # else macOS leaves it in the drive's cache
+            connection.execute(f"PRAGMA {pragma} = {durability == 'fsync'}")
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
         if is_new:

@@ -293,11 +293,12 @@ def test_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_durability_is_what_was_asked_for(tmp_path: Path) -> None:
-    """`fsync` opens with synchronous=FULL, `os` with NORMAL; both with a write-ahead log and 16 KiB pages."""
+    """`fsync` opens with synchronous=FULL, and on macOS all the way; `os` with NORMAL; both with a write-ahead log."""
     for durability, synchronous in (("fsync", 2), ("os", 1)):
         connection = schema.open_database(tmp_path / durability, durability)  # type: ignore[arg-type]
         found = [connection.pragma(name) for name in ("synchronous", "journal_mode", "page_size", "auto_vacuum")]
         assert found == [synchronous, "wal", 16_384, 2]
+        assert connection.pragma("fullfsync") == connection.pragma("checkpoint_fullfsync") == (durability == "fsync")
         connection.close()
 
 
