@@ -290,7 +290,9 @@ def test_the_published_description_judges_alike(path: str, value: Any) -> None:
     except KeyError:  # nothing there to remove
         return
     if path == "replay.sequence" and isinstance(value, int | float) and value > MAX_SEQUENCE:
-        return  # the one exception: its addresses would be no safe integers
+        return  # its addresses would be no safe integers
+    if path in INTEGERS and isinstance(value, float) and abs(value) > MAX_SAFE_INTEGER:
+        return  # upstream's own check, of which the description does not speak, bounds integers
     ours = issues_of(encode(batch))
     theirs = PUBLISHED.issues(batch)
     assert {tuple(issue["path"]) for issue in ours} == {tuple(issue["path"]) for issue in theirs}
