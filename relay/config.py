@@ -50,8 +50,8 @@ class Listen(Section, frozen=True):
         Meta(
             ge=1_048_576,
             description=(
-                "Request bodies being received, over all connections; beyond it the sender is answered 503. Bounds "
-                "memory."
+                "Request bodies being received, over all connections; beyond it whose body has taken most for longest "
+                "is answered 503. Bounds memory."
             ),
         ),
     ] = 67_108_864

@@ -50,3 +50,21 @@ async def test_full_spool_refuses_and_recovers(site: Site) -> None:
     await site.post(batch)
     await assert_accounted(site)
     assert (await ask(f"{relay.admin}/readyz")).status == 200
+
+
+async def test_spool_that_is_full_at_the_start_drains(site: Site) -> None:
+    """A relay that starts far over its cap says no, needs no room to deliver what is there, and says yes again."""
+    await site.start_sandbox()
+    await site.sandbox.go_down()
+    await site.start_relay()
+    async with site.sdk() as sdk:
+        for sequence in range(60):
+            await sdk.post(make_dense_batch(sequence))
+    site.relay.kill()
+    relay = await site.start_relay({"spool": {"max_bytes": 1_048_576}})
+    status = await relay.status()
+    assert (status["ready"], status["spool"]["used_bytes"] > 2 * 1_048_576) == (False, True)
+    await site.sandbox.fault()
+    await relay.until("room", lambda status: status["ready"])
+    await site.post(make_dense_batch(60))
+    await assert_accounted(site)
