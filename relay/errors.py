@@ -15,6 +15,7 @@ The tree:
     └── UpstreamError           no usable answer from upstream; always safe to retry
         ├── ConnectFailed       nothing was sent
         ├── ExchangeFailed      the connection died on the way; upstream may have stored the batch
+        │   └── Unanswered      before a byte of an answer
         ├── ExchangeTimedOut    as above, by our patience
         └── ReplyInvalid        upstream did not speak HTTP, or said too much
 
@@ -101,6 +102,10 @@ class ConnectFailed(UpstreamError):
 
 class ExchangeFailed(UpstreamError):
     """The connection broke after sending began. Upstream may have stored the batch."""
+
+
+class Unanswered(ExchangeFailed):
+    """The connection ended before a byte of an answer, as one does that upstream had closed for idleness."""
 
 
 class ExchangeTimedOut(UpstreamError):

@@ -33,7 +33,7 @@ from hypercorn.utils import wrap_app
 
 from relay.http.connection import body_too_large
 from relay.http.listener import open_listeners
-from relay.http.message import HANG_UP, Request, Response, error_response
+from relay.http.message import HANG_UP, HeaderList, Request, Response, Streamed, error_response
 from relay.http.router import Match, Router
 
 log = structlog.get_logger()
@@ -74,8 +74,15 @@ def asgi_app(router: Router) -> AsgiApp:
             request = _request_of(scope)
             found = router.match(request)
             response = await _respond(request, found, receive)
-            if response.status:
-                await _send_response(request, found, response, send)
+            writer = _Writer(request, found, send)
+            if isinstance(response, Streamed):
+                await _stream(response, writer, receive)
+            elif response.status:
+                has_body = response.status not in {204, 304}  # these have no length either (RFC 9110, 8.6)
+                closing = ((b"connection", b"close"),) if response.close else ()
+                writer.start(response.status, (*response.headers, *closing), len(response.body) if has_body else None)
+                await writer.send(response.body)
+                await writer.finish()
         elif scope["type"] == "lifespan":
             await _live(receive, send)
         else:  # a websocket, refused before it is opened
@@ -206,7 +213,7 @@ def _request_of(scope: Message) -> Request:
     )
 
 
-async def _respond(request: Request, found: Match | Response, receive: Receive) -> Response:
+async def _respond(request: Request, found: Match | Response, receive: Receive) -> Response | Streamed:
     """Return the answer; `HANG_UP` where the client is gone."""
     if isinstance(found, Response):
         return found
@@ -242,15 +249,57 @@ async def _read_body(request: Request, max_body_bytes: int, receive: Receive) ->
     return body_too_large(max_body_bytes) if is_too_large else None
 
 
-async def _send_response(request: Request, found: Match | Response, response: Response, send: Send) -> None:
-    headers = list(response.headers)
-    if isinstance(found, Match):
-        headers += found.route.headers
-    has_body = response.status not in {204, 304}  # these have no length either (RFC 9110, 8.6)
-    if has_body:
-        headers.append((b"content-length", b"%d" % len(response.body)))
-    if response.close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": response.status, "headers": headers})
-    body = response.body if has_body and request.method != "HEAD" else b""
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+class _Writer:
+    """Writes one answer; a `relay.http.message.Writer`. Its framing and its back-pressure are Hypercorn's."""
+
+    def __init__(self, request: Request, found: Match | Response, send: Send) -> None:
+        self._is_head = request.method == "HEAD"
+        self._route_headers = found.route.headers if isinstance(found, Match) else ()
+        self._send = send
+        self._start: Message | None = None
+        self._has_body = True
+        self._is_cut = False
+
+    def start(self, status: int, headers: HeaderList, length: int | None) -> None:
+        """Set status and headers."""
+        self._has_body = not self._is_head and status not in {204, 304}
+        lines = [*(header for header in headers if header[0] != b"date"), *self._route_headers]  # it has its own
+        if length is not None:
+            lines.append((b"content-length", b"%d" % length))
+        self._start = {"type": "http.response.start", "status": status, "headers": lines}
+
+    async def send(self, piece: bytes) -> None:
+        """Send a piece of the body."""
+        if piece and self._has_body:
+            await self._flush(piece, more_body=True)
+
+    def cut(self) -> None:
+        """Give the answer up."""
+        self._is_cut = True
+
+    async def finish(self) -> None:
+        """End the answer."""
+        if self._is_cut:
+            raise ConnectionAbortedError("the answer was cut")  # which ends the connection
+        await self._flush(b"", more_body=False)
+
+    async def _flush(self, piece: bytes, *, more_body: bool) -> None:
+        if self._start is not None:
+            start, self._start = self._start, None
+            await self._send(start)
+        await self._send({"type": "http.response.body", "body": piece, "more_body": more_body})
+
+
+async def _stream(streamed: Streamed, writer: _Writer, receive: Receive) -> None:
+    """Let a handler write its answer while the client is watched."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await streamed.write(writer)
+        await writer.finish()
+        nursery.cancel_scope.cancel()

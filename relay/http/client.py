@@ -1,4 +1,4 @@
-"""The upstream client: HTTP/1.1 by h11 over trio streams, with a small pool of keep-alive connections.
+"""The upstream client: HTTP/1.1 over trio streams, with a small pool of keep-alive connections.
 
 Rules:
 1. A connection carries one request at a time. It goes back to the pool only when its request was sent to
@@ -13,7 +13,8 @@ Rules:
    data API because it reads, or sets a value. And it does not spend the budget twice: a server that closed
    an idle connection has not read what came after. (One that took the request and then died may have
    counted it; such resends are bounded by the connections that were open to it, and `resent_total` counts
-   them.) What happens on a fresh connection is the caller's to judge, and to retry out of its budget.
+   them.) What happens on a fresh connection is the caller's to judge, and to retry out of its budget; so is
+   all that happens to a streamed answer.
 4. Foreign errors (trio, ssl, h11, OSError) end here: callers see `UpstreamError` and its kinds, nothing
    else.
 
@@ -22,47 +23,27 @@ It does not follow redirects, decode content codings (it asks for none), keep co
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-import h11
 import msgspec
 import trio
 
 from relay import __version__
-from relay.errors import ConnectFailed, ExchangeFailed, ExchangeTimedOut, ReplyInvalid
+from relay.errors import ConnectFailed, ExchangeFailed, Unanswered
+from relay.http.client_connection import Connection, Head, HeaderPairs, Message, compose
 from relay.http.connect import Origin, describe_connect_failure, open_stream, parse_base_url, tls_context
 
 if TYPE_CHECKING:
     from relay.config import Upstream
 
-RECEIVE_BYTES = 16_384
-"""One read: a full TLS record (RFC 8446, 5.1), and so as large as decryption returns at once."""
-
-MAX_HEAD_BYTES = 16_384
-"""Status line and headers of an answer, each chunk header, the trailer. The limit of h11, Node and IIS."""
-
-MAX_INFORMATIONAL = 8
-"""1xx answers before the final one. A server has use for one each of 100 and 103, and for a few of 102."""
-
-EARLY_ANSWER_SECONDS = 5.0
-"""How long to look for an answer after the server has stopped taking the request. Such an answer was sent
-before the break, so it is at most a few TCP retransmissions (0.2, 0.4, 0.8 … s) away."""
-
-PROBE_CHECKPOINTS = 8
-"""Scheduler passes that a pooled connection gets to show that it is dead. Measured: TCP needs 2, TLS 3 with a
-close_notify and 5 without, trio's memory stream 5. All eight take 75 µs."""
-
-MAX_QUOTED_CHARACTERS = 200
-"""Of a broken answer in an error message; enough to recognise a proxy's error page."""
-
-OWN_HEADERS = frozenset({b"host", b"content-length", b"transfer-encoding", b"upgrade"})
-"""Not a caller's to set: with them two ends could disagree on where a request ends or who it is for."""
-
-HeaderPairs: TypeAlias = Sequence[tuple[bytes, bytes]]
-"""Header names, lower-case, and values."""
+_DEFAULTS: HeaderPairs = (
+    (b"user-agent", f"lucent-relay/{__version__}".encode()),
+    (b"accept", b"*/*"),
+    (b"accept-encoding", b"identity"),
+)
 
 Connect: TypeAlias = Callable[[Origin], Awaitable[trio.abc.Stream]]
 """Opens a stream to an origin; raises OSError or trio.BrokenResourceError where it cannot."""
@@ -77,6 +58,37 @@ class Reply(msgspec.Struct, frozen=True):
     """Names lower-case; repeated headers joined with `, `."""
     body: bytes
     """Whole body without transfer coding. A content coding applied unasked is still in place."""
+
+
+class StreamedReply:
+    """Upstream's answer whose body is still to come.
+
+    Attributes:
+        status: Final status code, 200 to 999.
+        headers: As they came: every line, in order; names lower-case.
+        length: Of the body as announced; None where its end decides.
+        is_delimited: Whether a body that was cut can be told from a whole one.
+    """
+
+    def __init__(self, head: Head, connection: Connection, stall_seconds: float) -> None:
+        self.status: int = head.status_code
+        self.headers = tuple((bytes(name), bytes(value)) for name, value in head.headers)
+        fields = dict(self.headers)
+        is_chunked = b"transfer-encoding" in fields
+        self.length = None if is_chunked or b"content-length" not in fields else int(fields[b"content-length"])
+        self.is_delimited = is_chunked or self.length is not None
+        self._connection = connection
+        self._stall_seconds = stall_seconds
+
+    async def receive(self) -> bytes:
+        """Return the next piece of the body; empty at its end.
+
+        Raises:
+            ExchangeFailed: The connection ended amid it.
+            ExchangeTimedOut: Nothing came for `stall_seconds`.
+            ReplyInvalid: Its framing is broken.
+        """
+        return await self._connection.receive_piece(self._stall_seconds)
 
 
 class ClientStatistics(msgspec.Struct, frozen=True):
@@ -123,7 +135,7 @@ class HttpClient:
         self._settings = settings
         self._closed = False
         # Oldest first, by the time each became idle.
-        self._idle: list[_Connection] = []
+        self._idle: list[Connection] = []
         self._active = 0
         self._opened_total = 0
         self._connect_failures_total = 0
@@ -156,17 +168,15 @@ class HttpClient:
         """
         if self._closed:
             raise trio.ClosedResourceError("this client was closed")
-        message = self._compose(method, target, headers, body)
+        message = self._compose(method, target, (*_DEFAULTS, (b"content-length", b"%d" % len(body))), headers)
         self._requests_total += 1
         connection = await self._take_idle()
-        stale: ExchangeFailed | None = None
+        stale: Unanswered | None = None
         if connection is not None:
             self._reused_total += 1
             try:
                 return await self._exchange(connection, message, body)
-            except ExchangeFailed as error:
-                if connection.heard:
-                    raise
+            except Unanswered as error:
                 stale = error
                 self._stale_total += 1
         try:
@@ -179,6 +189,48 @@ class HttpClient:
         if stale is not None:
             self._resent_total += 1
         return await self._exchange(connection, message, body)
+
+    @asynccontextmanager
+    async def stream(
+        self, method: str, target: str, headers: HeaderPairs, body: bytes, stall_seconds: float, *, is_fresh: bool
+    ) -> AsyncIterator[StreamedReply]:
+        """Send a request once, and read its answer while it comes.
+
+        Args:
+            method: Upper-case token.
+            target: As `request`.
+            headers: All but `host` and `content-length`.
+            body: The whole body; small, since it is sent before the answer is looked for.
+            stall_seconds: How long the answer's body may pause.
+            is_fresh: On a connection of its own, as after one that died.
+
+        Raises:
+            ConnectFailed, ExchangeTimedOut, ReplyInvalid, ValueError, trio.ClosedResourceError: As `request`.
+            Unanswered: The connection ended before a byte of the answer. Upstream may have acted.
+            ExchangeFailed: It ended amid the answer's head.
+
+        Cancellation: As `request`. So is the connection closed where the block is left before the body's end.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("this client was closed")
+        framing = [(b"content-length", b"%d" % len(body))] if body or method not in {"GET", "HEAD"} else []
+        message = self._compose(method, target, framing, headers)
+        self._requests_total += 1
+        connection = None if is_fresh else await self._take_idle()
+        self._reused_total += connection is not None
+        self._resent_total += is_fresh
+        is_reusable = False
+        connection = connection or await self._open()
+        self._active += 1
+        try:
+            yield StreamedReply(await connection.begin(message, body), connection, stall_seconds)
+            is_reusable = connection.is_reusable() and not self._closed
+        finally:
+            self._active -= 1
+            if not is_reusable:
+                await trio.aclose_forcefully(connection.stream)
+        if is_reusable:
+            await self._keep(connection)
 
     def statistics(self) -> ClientStatistics:
         """Return the present figures."""
@@ -203,29 +255,12 @@ class HttpClient:
             await trio.aclose_forcefully(self._idle.pop().stream)
         await trio.lowlevel.checkpoint()
 
-    def _compose(self, method: str, target: str, headers: HeaderPairs, body: bytes) -> h11.Request:
-        if method == "CONNECT" or not target.startswith("/"):
-            raise ValueError("a request needs a target that starts with a slash, and CONNECT has none")
-        if any(name.lower() in OWN_HEADERS for name, _ in headers):
-            raise ValueError("a request's framing, host and protocol are the client's own business")
-        try:
-            return h11.Request(
-                method=method,
-                target=self._prefix + target,
-                headers=[
-                    (b"host", self.origin.authority.encode()),
-                    (b"user-agent", f"lucent-relay/{__version__}".encode()),
-                    (b"accept", b"*/*"),
-                    (b"accept-encoding", b"identity"),
-                    (b"content-length", b"%d" % len(body)),
-                    *headers,
-                ],
-            )
-        except (h11.LocalProtocolError, UnicodeError):
-            # Without the cause, because h11 quotes the offending value, and that may be a key.
-            raise ValueError("the method, the target or a header cannot be written as HTTP/1.1") from None
+    def _compose(self, method: str, target: str, own: HeaderPairs, headers: HeaderPairs) -> Message:
+        if not target.startswith("/"):
+            raise ValueError("a request's target starts with a slash")
+        return compose(self.origin, method, self._prefix + target, own, headers)
 
-    async def _take_idle(self) -> _Connection | None:
+    async def _take_idle(self) -> Connection | None:
         """Take the most recent connection that is still good out of the pool; close those that are not."""
         expired_at = trio.current_time() - self._settings.idle_seconds
         while self._idle and self._idle[0].idle_since <= expired_at:
@@ -243,7 +278,7 @@ class HttpClient:
             self._stale_total += 1
         return None
 
-    async def _open(self) -> _Connection:
+    async def _open(self) -> Connection:
         limit = self._settings.connect_seconds
         try:
             with trio.fail_after(limit):
@@ -255,181 +290,29 @@ class HttpClient:
             self._connect_failures_total += 1
             raise ConnectFailed(f"{self.origin}: {describe_connect_failure(error)}") from error
         self._opened_total += 1
-        return _Connection(stream, str(self.origin), self._settings)
+        return Connection(stream, str(self.origin), self._settings)
 
-    async def _exchange(self, connection: _Connection, message: h11.Request, body: bytes) -> Reply:
+    async def _exchange(self, connection: Connection, message: Message, body: bytes) -> Reply:
         """Run one exchange and decide what becomes of the connection."""
         reusable = False
         self._active += 1
         try:
-            reply = await connection.exchange(message, body)
+            head, body = await connection.exchange(message, body)
             reusable = connection.is_reusable() and not self._closed
         finally:
             self._active -= 1
             if not reusable:
                 await trio.aclose_forcefully(connection.stream)
         if reusable:
-            connection.idle_since = trio.current_time()
-            self._idle.append(connection)
-            while len(self._idle) > self._settings.max_idle_connections:
-                await trio.aclose_forcefully(self._idle.pop(0).stream)
-        return reply
-
-
-class _Connection:
-    """One connection: its stream, its HTTP state, and the exchange under way."""
-
-    def __init__(self, stream: trio.abc.Stream, name: str, settings: Upstream) -> None:
-        self.stream = stream
-        # When the connection joined the pool, by trio's clock.
-        self.idle_since = 0.0
-        # Whether a byte of the present answer has arrived.
-        self.heard = False
-        self._name = name
-        self._settings = settings
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD_BYTES)
-        # When the present request had been sent to the last byte, or why it could not be.
-        self._sent_at: float | None = None
-        self._send_error: trio.BrokenResourceError | None = None
-        # The one deadline of the exchange. It moves on from phase to phase, and `_limit` says which it is.
-        self._patience = trio.CancelScope()
-        self._limit = ""
-
-    def is_reusable(self) -> bool:
-        """Return whether another request may follow: this one is complete, and so is its answer."""
-        return (
-            self._sent_at is not None
-            and self._http.our_state is h11.DONE
-            and self._http.their_state is h11.DONE
-            and self._http.trailing_data == (b"", False)
-        )
-
-    async def is_quiet(self) -> bool:
-        """Return whether an idle connection has stayed silent, as it must: no byte, no end, no error.
-
-        A receive that would block is given up after a few scheduler passes; trio's streams lose nothing by
-        that. So it works on every stream (socket, TLS, memory) and waits for nothing.
-        """
-        quiet = True
-
-        async def listen() -> None:
-            nonlocal quiet
-            with suppress(trio.BrokenResourceError):
-                await self.stream.receive_some(1)
-            quiet = False
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(listen)
-            for _ in range(PROBE_CHECKPOINTS):
-                await trio.lowlevel.checkpoint()
-            nursery.cancel_scope.cancel()
-        return quiet
-
-    async def exchange(self, message: h11.Request, body: bytes) -> Reply:
-        """Send a request and, at the same time, read its answer: it may come early and be all there is.
-
-        Over TLS, an early answer of several records can still be lost where the server closes without reading on:
-        trio's TLS stream ends as a whole with its sending side. Then the exchange has failed, and a retry decides.
-
-        Raises:
-            ExchangeFailed, ExchangeTimedOut, ReplyInvalid: As `HttpClient.request`.
-        """
-        if self._http.our_state is h11.DONE:
-            self._http.start_next_cycle()
-        wire = b"".join(self._http.send(event) for event in (message, h11.Data(body), h11.EndOfMessage()))
-        self.heard = False
-        self._sent_at = self._send_error = None
-        outcome: Reply | ExchangeFailed | ReplyInvalid | None = None
-        with trio.CancelScope() as self._patience:
-            self._wait_for("write_seconds", self._settings.write_seconds)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._send, wire)
-                try:
-                    outcome = await self._receive()
-                except (ExchangeFailed, ReplyInvalid) as error:
-                    # Raised below, because the nursery would wrap it in a group.
-                    outcome = error
-                nursery.cancel_scope.cancel()
-        if isinstance(outcome, Reply):
-            return outcome
-        if outcome is not None:
-            raise outcome
-        if self._send_error is not None:
-            raise self._broken() from self._send_error
-        raise ExchangeTimedOut(f"{self._name}: {self._limit} passed {self._progress()}")
-
-    async def _send(self, wire: bytes) -> None:
-        try:
-            await self.stream.send_all(wire)
-        except trio.BrokenResourceError as error:
-            self._send_error = error
-            self._wait_for("", EARLY_ANSWER_SECONDS)
-        else:
-            self._sent_at = trio.current_time()
-            self._wait_for_answer(self._sent_at)
-
-    async def _receive(self) -> Reply:
-        status = informational = 0
+            await self._keep(connection)
         headers: dict[bytes, bytes] = {}
-        body = bytearray()
-        limit = self._settings.max_response_bytes
-        while not isinstance(event := await self._next_event(), h11.EndOfMessage):
-            if isinstance(event, h11.Data):
-                body += event.data
-                if len(body) > limit:
-                    raise ReplyInvalid(f"{self._name}: the answer is over max_response_bytes = {limit}")
-            elif isinstance(event, h11.Response):
-                status = event.status_code
-                for name, value in event.headers:
-                    headers[name] = headers[name] + b", " + value if name in headers else value
-            else:
-                informational += 1
-                if informational > MAX_INFORMATIONAL:
-                    raise ReplyInvalid(f"{self._name}: more than {MAX_INFORMATIONAL} informational answers")
-        if self._sent_at is None:
-            # Both ends can be done while the sending task has yet to run its last step.
-            await trio.lowlevel.checkpoint()
-        return Reply(status, headers, bytes(body))
+        for name, value in head.headers:
+            headers[name] = headers[name] + b", " + value if name in headers else value
+        return Reply(head.status_code, headers, body)
 
-    async def _next_event(self) -> h11.Event:
-        """Return the next part of the answer, receiving as needed. Foreign errors of an exchange end here."""
-        ended = False
-        try:
-            while True:
-                event = self._http.next_event()
-                if isinstance(event, h11.Event):
-                    return event
-                data = await self.stream.receive_some(RECEIVE_BYTES)
-                ended = not data
-                if data and not self.heard:
-                    self.heard = True
-                    if self._sent_at is not None:
-                        self._wait_for_answer(self._sent_at)
-                self._http.receive_data(bytes(data))
-        except trio.BrokenResourceError as error:
-            raise self._broken() from error
-        except h11.RemoteProtocolError as error:
-            if ended:
-                raise self._broken() from error
-            raise ReplyInvalid(f"{self._name}: not HTTP: {str(error)[:MAX_QUOTED_CHARACTERS]}") from error
-
-    def _wait_for_answer(self, sent_at: float) -> None:
-        """Set the deadline of an answer whose request is sent."""
-        first_byte, response = self._settings.first_byte_seconds, self._settings.response_seconds
-        if self.heard or response <= first_byte:
-            self._wait_for("response_seconds", response, sent_at)
-        else:
-            self._wait_for("first_byte_seconds", first_byte, sent_at)
-
-    def _wait_for(self, option: str, seconds: float, since: float | None = None) -> None:
-        self._limit = f"{option} = {seconds:g}"
-        self._patience.deadline = (trio.current_time() if since is None else since) + seconds
-
-    def _broken(self) -> ExchangeFailed:
-        return ExchangeFailed(f"{self._name}: the connection ended {self._progress()}")
-
-    def _progress(self) -> str:
-        """Return how far the exchange got, for messages."""
-        if self.heard:
-            return "in the middle of the answer"
-        return "before the request was sent" if self._sent_at is None else "before a byte of the answer"
+    async def _keep(self, connection: Connection) -> None:
+        """Put a connection back into the pool."""
+        connection.idle_since = trio.current_time()
+        self._idle.append(connection)
+        while len(self._idle) > self._settings.max_idle_connections:
+            await trio.aclose_forcefully(self._idle.pop(0).stream)

@@ -90,6 +90,8 @@ class Exchange(msgspec.Struct, gc=False):
     """True where the connection ends with this exchange."""
     is_http_1_0: bool = False
     """True for a client that must be told that the connection stays open."""
+    is_begun: bool = False
+    """True once something of a streamed answer may have left."""
 
 
 class _Complete(Exception):

@@ -7,7 +7,9 @@ Rules:
 1. Every wait for a client has a deadline (`relay.http.patience`). Only a handler may take as long as it likes; it
    bounds itself.
 2. Nothing is read from a connection while a request of it is unanswered, so answers keep their order and one client
-   has one read, one head and one body here at a time.
+   has one read, one head and one body here at a time. While an answer is streamed its client is watched: if it leaves
+   (or shuts its sending side, which cannot be told apart) the handler is cancelled; what it sends meanwhile, one read
+   of it, waits for its turn.
 3. A client costs a connection out of `max_connections` and body bytes out of `max_buffered_bytes`, and both are given
    back however its task ends. Where the bytes run out, who has held most for longest goes first, so that nobody who
    sends at once what he has to say is kept out by those who hoard.
@@ -23,7 +25,8 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 from typing import Final, TypeAlias
 
 import msgspec
@@ -34,10 +37,11 @@ from relay.clock import wall_clock as system_wall_clock
 from relay.config import Listen
 from relay.errors import ConfigError
 from relay.http.connection import Exchange, Limits, Progress, RequestParser
-from relay.http.message import Request, error_response
+from relay.http.message import HANG_UP, Request, Response, Streamed, error_response
 from relay.http.patience import LINGER_SECONDS, Patience, Phase, reap_interval
 from relay.http.render import CONTINUE, ResponseRenderer
 from relay.http.router import Router
+from relay.http.streaming import ClientGone, StreamWriter
 
 log = structlog.get_logger()
 
@@ -61,7 +65,7 @@ _CAPACITY_ERRNOS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EN
 
 
 _Receive: TypeAlias = Callable[[int], Awaitable[bytes | bytearray]]
-_Send: TypeAlias = Callable[[bytes], Awaitable[int | None]]
+_Send: TypeAlias = Callable[[bytes | memoryview], Awaitable[int | None]]
 
 
 class ListenerStatistics(msgspec.Struct, frozen=True):
@@ -92,7 +96,18 @@ class ListenerStatistics(msgspec.Struct, frozen=True):
 class _Client:
     """One connection, as its task and the reaper share it."""
 
-    __slots__ = ("cancelled_in", "charged_bytes", "last", "parser", "patience", "receive", "scope", "send", "stream")
+    __slots__ = (
+        "ahead",
+        "cancelled_in",
+        "charged_bytes",
+        "last",
+        "parser",
+        "patience",
+        "receive",
+        "scope",
+        "send",
+        "stream",
+    )
 
     def __init__(self, stream: trio.abc.Stream, parser: RequestParser, patience: Patience) -> None:
         self.stream = stream
@@ -107,6 +122,7 @@ class _Client:
         self.cancelled_in: Phase | None = None
         self.charged_bytes = 0  # its share of the listener's buffered bytes
         self.last: Exchange | None = None  # what is left to be said, where it was cancelled for want of room
+        self.ahead: bytes | bytearray = b""  # one read, made while an answer was streamed
 
     def cancel(self) -> None:
         """End what the connection waits for."""
@@ -286,7 +302,7 @@ class HttpListener:
         """Read requests and answer them until one side is done."""
         parser, patience, receive = client.parser, client.patience, client.receive
         while True:
-            data = await receive(READ_BYTES)
+            data, client.ahead = client.ahead or await receive(READ_BYTES), b""
             if not data or client.cancelled_in is not None:
                 return
             patience.handle()
@@ -322,13 +338,15 @@ class HttpListener:
                 client.patience.handle()
             try:
                 response = exchange.response or await exchange.handler(exchange.request)
+                if isinstance(response, Streamed):
+                    response = await self._stream(client, exchange, response)
                 if self._is_stopping and exchange is exchanges[-1]:
                     exchange.close = True
                 answer = self._renderer.render(exchange, response)
             except Exception:
                 self._handler_errors_total += 1
                 log.exception("handler failed", method=exchange.request.method, path=exchange.request.path)
-                response = error_response(500, "Internal error")
+                response = HANG_UP if exchange.is_begun else error_response(500, "Internal error")
                 answer = self._renderer.render(exchange, response)
             self._requests_total += 1
             closes = exchange.close or response.close
@@ -348,7 +366,37 @@ class HttpListener:
             await self._send(client, answers[0] if len(answers) == 1 else b"".join(answers))
         return closes
 
-    async def _send(self, client: _Client, data: bytes) -> None:
+    async def _stream(self, client: _Client, exchange: Exchange, streamed: Streamed) -> Response:
+        """Let a handler write its answer while the client is watched; returns what is left to say."""
+        writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))
+
+        async def watch() -> None:
+            try:
+                client.ahead = await client.receive(READ_BYTES)
+            except (trio.BrokenResourceError, OSError):
+                client.ahead = b""
+            if not client.ahead:
+                nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch)
+                with suppress(ClientGone):
+                    await streamed.write(writer)
+                    await writer.finish()
+                nursery.cancel_scope.cancel()
+        finally:
+            exchange.is_begun = writer.is_begun
+            if not writer.is_complete:
+                writer.reset(client.stream)
+        return Response(0, close=exchange.close) if writer.is_complete else HANG_UP
+
+    async def _send_piece(self, client: _Client, data: bytes | memoryview) -> None:
+        """Send a piece of an answer, within a patience of its own."""
+        await self._send(client, data)
+        client.patience.handle()
+
+    async def _send(self, client: _Client, data: bytes | memoryview) -> None:
         """Send all of `data` within `write_seconds`."""
         client.patience.write(trio.current_time())
         sent_bytes = await client.send(data)

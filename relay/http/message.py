@@ -4,12 +4,14 @@ Rules:
 1. Nothing here knows an engine, a socket or trio. The httptools listener and the ASGI adapter build the same
    `Request` and render the same `Response`.
 2. Header names are lower-case bytes. A header that a request repeats is joined with `, ` (RFC 9110, 5.3).
+3. A handler answers with a whole `Response`, or with `Streamed`, which writes while the client is watched. Nothing is
+   held between the two: what a streamed answer opens, it opens and closes while it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 import orjson
@@ -52,7 +54,36 @@ class Response(msgspec.Struct, gc=False):
     """True where the connection cannot be used for another request."""
 
 
-Handler: TypeAlias = Callable[[Request], Awaitable[Response]]
+class Writer(Protocol):
+    """The client's side of an answer that is written while it comes."""
+
+    def start(self, status: int, headers: HeaderList, length: int | None) -> None:
+        """Set status and headers; called once, before anything is sent.
+
+        Args:
+            status: HTTP status code.
+            headers: Names lower-case, without framing. A `date` among them takes the place of the engine's own.
+            length: Of the body; None where its end decides. A HEAD or a 304 has the length of what it stands for.
+        """
+
+    async def send(self, piece: bytes) -> None:
+        """Send a piece of the body; nothing on HEAD, 204 and 304.
+
+        Cancellation: The answer is cut: the connection ends without the rest.
+        """
+
+    def cut(self) -> None:
+        """Give the answer up after it began: the connection ends such that the client can tell."""
+
+
+class Streamed(msgspec.Struct, gc=False):
+    """An answer that is written while it comes: of any size, and at the client's pace."""
+
+    write: Callable[[Writer], Awaitable[None]]
+    """Writes it. Cancelled where the client leaves; what it opened is closed by then."""
+
+
+Handler: TypeAlias = Callable[[Request], Awaitable[Response | Streamed]]
 """Answers one request whose body is complete."""
 
 Admit: TypeAlias = Callable[[Request], Response | None]

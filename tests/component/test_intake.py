@@ -51,7 +51,9 @@ class Ingest:
         if method == "POST" and match.route.admit is not None and (refusal := match.route.admit(request)):
             return refusal
         request.body = body
-        return await match.handler(request)
+        response = await match.handler(request)
+        assert isinstance(response, Response)
+        return response
 
     async def stored(self) -> list[bytes]:
         """Return every spooled event, by sealing what is pending."""

@@ -53,7 +53,9 @@ async def ask(
     path, _, query = target.partition("?")
     request = Request(method, path, query.encode(), headers or {}, body)
     match = sandbox.router().match(request)
-    return await match.handler(request) if isinstance(match, Match) else match
+    response = await match.handler(request) if isinstance(match, Match) else match
+    assert isinstance(response, Response)
+    return response
 
 
 async def send(sandbox: Sandbox, batch: Any, key: str = KEY) -> Response:

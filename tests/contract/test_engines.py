@@ -13,7 +13,7 @@ from relay.config import Listen
 from relay.errors import ConfigError
 from relay.http.asgi import MAX_CONNECTIONS, serve_asgi
 from relay.http.listener import HttpListener, open_listeners
-from relay.http.message import JSON, Request, Response, error_response, json_response
+from relay.http.message import JSON, Request, Response, Streamed, Writer, error_response, json_response
 from relay.http.router import Route, Router
 from tests.component.memory_listener import Answer, RawClient
 
@@ -51,6 +51,17 @@ async def last(_: Request) -> Response:
     return Response(200, b"bye", (JSON,), close=True)
 
 
+async def streamed(request: Request) -> Streamed:
+    """Answer in three pieces, of a length that is known."""
+
+    async def write(writer: Writer) -> None:
+        writer.start(200, ((b"x-many", b"1"), (b"date", b"Thu, 01 Jan 1970 00:00:00 GMT")), 9)
+        for piece in (b"one", b"two", b"six"):
+            await writer.send(piece)
+
+    return Streamed(write)
+
+
 def admit(request: Request) -> Response | None:
     """Refuse who has no key."""
     return None if b"x-key" in request.headers else error_response(401, "Missing API key")
@@ -62,6 +73,8 @@ ROUTES = [
     Route("/fail", {"GET": fail}, headers=((b"x-route", b"fail"),)),
     Route("/empty", {"GET": empty}),
     Route("/last", {"GET": last}),
+    Route("/streamed", {"GET": streamed}, headers=((b"x-route", b"streamed"),)),
+    Route("/one/*", {"GET": echo}, has_options=False),
 ]
 
 
@@ -112,6 +125,12 @@ REQUESTS = {
     "POST in chunks": b"POST /echo HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n"
     b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n",
     "OPTIONS": b"OPTIONS /echo HTTP/1.1\r\n" + HOST + b"\r\n",
+    "streamed": b"GET /streamed HTTP/1.1\r\n" + HOST + b"\r\n",
+    "streamed, HEAD": b"HEAD /streamed HTTP/1.1\r\n" + HOST + b"\r\n",
+    "last segment": b"GET /one/of%2Fmany HTTP/1.1\r\n" + HOST + b"\r\n",
+    "last segment, empty": b"GET /one/ HTTP/1.1\r\n" + HOST + b"\r\n",
+    "one segment too many": b"GET /one/two/three HTTP/1.1\r\n" + HOST + b"\r\n",
+    "OPTIONS where it is not answered": b"OPTIONS /one/two HTTP/1.1\r\n" + HOST + b"\r\n",
     "unknown path": b"GET /nowhere HTTP/1.1\r\n" + HOST + b"\r\n",
     "encoded path": b"GET /ech%6f HTTP/1.1\r\n" + HOST + b"\r\n",
     "unknown path, HEAD": b"HEAD /nowhere HTTP/1.1\r\n" + HOST + b"\r\n",

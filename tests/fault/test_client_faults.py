@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from relay.config import Upstream
 from relay.errors import ConnectFailed, ExchangeFailed, ExchangeTimedOut, ReplyInvalid, UpstreamError
-from relay.http.client import EARLY_ANSWER_SECONDS, MAX_INFORMATIONAL, HttpClient, Reply
+from relay.http.client import HttpClient, Reply
+from relay.http.client_connection import EARLY_ANSWER_SECONDS, MAX_INFORMATIONAL
 from tests.component.fake_origin import (
     OK,
     FakeOrigin,
