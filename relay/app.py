@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random  # noqa: TID251 - the one generator, handed to whoever needs chance
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,9 @@ import trio
 
 import relay
 from relay.clock import wall_clock
-from relay.config import Config
+from relay.config import Config, Upstream
+from relay.data_api.credentials import read_token_file
+from relay.data_api.proxy import DataApi
 from relay.errors import ConfigError, SpoolError
 from relay.exit_codes import ExitCode
 from relay.forward.forwarder import Forwarder
@@ -68,10 +71,13 @@ class Relay:
         config: A checked configuration.
         spool: Open.
         client: For the ingest API.
+        data_client: For the data API.
         clocks: Time and chance.
     """
 
-    def __init__(self, config: Config, spool: Spool, client: HttpClient | Client, clocks: Clocks) -> None:
+    def __init__(
+        self, config: Config, spool: Spool, client: HttpClient | Client, data_client: HttpClient, clocks: Clocks
+    ) -> None:
         self._config = config
         self._spool = spool
         self._client = client
@@ -80,8 +86,16 @@ class Relay:
         self._addresses = Addresses([], [])
         self._forwarder = Forwarder(config, spool, client, clocks)
         self._intake = Intake(config, spool, clocks.wall, clocks.monotonic, self._forwarder.is_refused)
+        self._data_api = DataApi(
+            config.data_api,
+            data_client,
+            monotonic=clocks.monotonic,
+            wall=clocks.wall,
+            salt=secrets.token_bytes(16),
+            read_file=read_token_file,
+        )
         self._listener = HttpListener(
-            Router([self._intake.route()]),
+            Router([self._intake.route(), *self._data_api.routes()]),
             config.listen,
             retry_after_seconds=config.intake.retry_after_seconds,
         )
@@ -96,6 +110,7 @@ class Relay:
             "spool": self._spool.statistics(),
             "intake": self._intake.statistics(),
             "forward": self._forwarder.statistics(),
+            "data_api": self._data_api.statistics(),
             "listener": self._listener.statistics(),
             **({"client": self._client.statistics()} if isinstance(self._client, HttpClient) else {}),
             "process": process_statistics(self._started_at),
@@ -123,6 +138,11 @@ class Relay:
             warnings.append(
                 f"upstream refused {account.dead_lettered} events for good: lucent-relay spool dead-letters list"
             )
+        data = sources["data_api"]
+        if data.token_problem:
+            warnings.append(f"data_api.token_file {data.token_problem}")
+        if self._config.data_api.anonymous == "serve-with-the-relays-token":
+            warnings.append("the data API is open to everybody who reaches the relay: data_api.anonymous")
         if forward.attempt_errors:
             warnings.append(f"{forward.attempt_errors} deliveries failed by an error of the relay; see the log")
         if not account.is_balanced:
@@ -180,6 +200,7 @@ class Relay:
             )
             async with trio.open_nursery() as forwarding:
                 await forwarding.start(self._forwarder.run)
+                await forwarding.start(self._data_api.run)
                 async with trio.open_nursery() as serving:
                     await serving.start(self._listener.run, listeners)
                     hosts = [listener.socket.getsockname() for listener in listeners]
@@ -195,6 +216,7 @@ class Relay:
                     for nursery in (serving, forwarding, admin):
                         nursery.cancel_scope.deadline = deadline
                     self._listener.stop()
+                self._data_api.stop()
                 self._forwarder.stop()
             end_admin.set()
 
@@ -230,15 +252,22 @@ async def serve(
     clocks = clocks or Clocks(trio.current_time, wall_clock, random.Random().random)  # noqa: S311 - jitter
     limits = Limits(config.batch.max_events, config.batch.max_bytes)
     upstream = client or HttpClient(config.upstream.ingest_url, config.upstream)
+    data_client = HttpClient(config.upstream.data_url, data_upstream(config))
     try:
         async with open_spool(config.spool, limits, config.keys.max_keys, now=clocks.wall, run=run) as spool:
-            started = Relay(config, spool, upstream, clocks)
+            started = Relay(config, spool, upstream, data_client, clocks)
             async with trio.open_nursery() as nursery:
                 await nursery.start(started.run, shutdown)
                 task_status.started(started)
     finally:
+        await data_client.aclose()
         if isinstance(upstream, HttpClient):
             await upstream.aclose()
+
+
+def data_upstream(config: Config) -> Upstream:
+    """Return how the data API is connected to: as ingest is, but for the patience with its answers."""
+    return msgspec.structs.replace(config.upstream, first_byte_seconds=config.data_api.first_byte_seconds)
 
 
 def run_relay(config: Config) -> int:

@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from relay.config_data_api import DataApi
+
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of all sections: immutable, keyword-only, unknown options refused."""
@@ -494,6 +496,7 @@ class Config(Section, frozen=True):
     batch: Batch = Batch()
     budget: Budget = Budget()
     forward: Forward = Forward()
+    data_api: DataApi = DataApi()
     spool: Spool = Spool()
     log: Log = Log()
     shutdown: Shutdown = Shutdown()

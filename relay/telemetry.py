@@ -26,7 +26,7 @@ class Metric(msgspec.Struct, frozen=True):
     """As Prometheus has it."""
     help: str
     """One sentence."""
-    source: Literal["account", "spool", "intake", "forward", "listener", "client", "process"]
+    source: Literal["account", "spool", "intake", "forward", "data_api", "listener", "client", "process"]
     """The component."""
     field: str
     """Of its statistics."""
@@ -167,6 +167,27 @@ METRICS = (
     Metric("budget_used", "gauge", "Occupied slots of a key's budget.", "forward", "budget_used_by_key", "key"),
     Metric("budget_limit", "gauge", "Slots a minute, 0 for no limit.", "forward", "budget_limit_by_key", "key"),
     Metric("lane_failures", "gauge", "Failed attempts of a key in a row.", "forward", "failures_by_key", "key"),
+    # The data API's proxy.
+    Metric("data_requests_total", "counter", "Data API requests.", "data_api", "requests_by_route", "route"),
+    Metric("data_answers_total", "counter", "Answers to them.", "data_api", "answers_by_class", "class"),
+    Metric("data_cache_total", "counter", "Where answers came from.", "data_api", "cache_by_outcome", "outcome"),
+    Metric("data_cache_bytes", "gauge", "Memory of kept answers.", "data_api", "cache_bytes"),
+    Metric("data_cache_targets", "gauge", "What they answer.", "data_api", "cache_targets"),
+    Metric("data_cache_evicted_total", "counter", "Targets dropped for others.", "data_api", "cache_evicted"),
+    Metric("data_cache_invalidated_total", "counter", "Changes that dropped some.", "data_api", "cache_invalidated"),
+    Metric("data_upstream_requests_total", "counter", "Requests to the data API.", "data_api", "upstream_requests"),
+    Metric(
+        *("data_upstream_failures_total", "counter", "Those without a whole answer."),
+        *("data_api", "upstream_failures", "reason"),
+    ),
+    Metric("data_in_flight", "gauge", "Those under way.", "data_api", "in_flight"),
+    Metric("data_limited_total", "counter", "Requests answered 429 by the relay.", "data_api", "limited"),
+    Metric("data_cut_total", "counter", "Answers that broke off.", "data_api", "cut"),
+    Metric("data_connections_open", "gauge", "Connections to the data API.", "data_api", "connections_open"),
+    Metric("data_connections_total", "counter", "Connections made.", "data_api", "connections"),
+    Metric("data_reads_left", "gauge", "Reads that a token has left.", "data_api", "reads_left_by_key", "key"),
+    Metric("data_writes_left", "gauge", "Changes that it has left.", "data_api", "writes_left_by_key", "key"),
+    Metric("data_refused_keys", "gauge", "Tokens that upstream refuses.", "data_api", "refused_keys"),
     # Client connections.
     Metric("connections_open", "gauge", "Client connections.", "listener", "open_connections"),
     Metric("connections_total", "counter", "Client connections accepted.", "listener", "connections_total"),

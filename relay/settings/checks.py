@@ -28,6 +28,9 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 REPLAY_PATH = "/api/sdk/replay"
 """The ingest API's one endpoint, which documents of the SDK show as part of the URL."""
 
+MIN_CLIENT_TOKEN = 16
+"""Characters of a token that the relay gives out: 16 random ones cannot be guessed."""
+
 KEY = re.compile(r"[!-~]{1,256}")
 """What the intake takes for a key: a header's value that has no blanks (RFC 9110, 5.5)."""
 
@@ -49,6 +52,7 @@ def find_problems(config: Config) -> Iterator[Finding]:
     yield from _url_problems(config)
     yield from _file_problems(config)
     yield from _key_problems(config)
+    yield from _data_problems(config)
     yield from _order_problems(config)
 
 
@@ -147,6 +151,33 @@ def _key_problems(config: Config) -> Iterator[Finding]:
         yield Finding("keys.pools", "must not have more upstream keys than", "keys.max_keys")
 
 
+def _data_problems(config: Config) -> Iterator[Finding]:
+    data = config.data_api
+    has_token = bool(data.token or data.token_file)
+    for option, tokens in (
+        ("data_api.token", [data.token] if data.token else []),
+        ("data_api.client_tokens", data.client_tokens),
+    ):
+        if MASK in tokens:
+            yield Finding(option, "must be the token itself; print-config writes asterisks instead of it")
+        elif not all(KEY.fullmatch(token) for token in tokens):
+            yield Finding(option, "must be visible ASCII without blanks, as it becomes a header")
+    if any(len(token) < MIN_CLIENT_TOKEN for token in data.client_tokens):
+        yield Finding("data_api.client_tokens", f"must have {MIN_CLIENT_TOKEN} characters or more, so none is guessed")
+    if any(token.startswith("luc_") for token in data.client_tokens):
+        yield Finding("data_api.client_tokens", 'must not begin with "luc_": these are Lucent\'s, and pass as they are')
+    if data.token and data.token_file:
+        yield Finding("data_api.token_file", "must not be given beside", "data_api.token")
+    if data.token_file.startswith("~"):
+        yield Finding("data_api.token_file", 'must be written out; "~" is for shells')
+    if data.client_tokens and not has_token:
+        yield Finding(
+            "data_api.client_tokens", "must have a token to be served with; there is none in", "data_api.token"
+        )
+    if data.anonymous == "serve-with-the-relays-token" and not has_token:
+        yield Finding("data_api.anonymous", "must have a token to serve with; there is none in", "data_api.token")
+
+
 def _order_problems(config: Config) -> Iterator[Finding]:
     """Yield the pairs of options that are in the wrong order."""
     intake, upstream, forward = config.intake, config.upstream, config.forward
@@ -199,6 +230,27 @@ def find_warnings(config: Config) -> Iterator[Finding]:
     if config.batch.max_bytes > Batch().max_bytes:
         yield Finding("batch.max_bytes", "is above upstream's published limit")
     yield from _key_warnings(config)
+    yield from _data_warnings(config)
+
+
+def _data_warnings(config: Config) -> Iterator[Finding]:
+    data = config.data_api
+    if data.anonymous == "serve-with-the-relays-token":
+        yield Finding(
+            "data_api.anonymous",
+            "everybody who reaches this address reads and changes your Lucent data without a token:",
+            "listen.relay",
+        )
+    if (data.token or data.token_file) and not data.client_tokens and data.anonymous == "pass-through":
+        yield Finding("data_api.token", "has no effect, since nobody is served with it: see", "data_api.client_tokens")
+    if data.client_tokens and not is_loopback(parse_address(config.listen.relay)[0]):
+        yield Finding("data_api.client_tokens", "travel in the clear unless TLS is in front of", "listen.relay")
+    if data.reads_per_minute > type(data)().reads_per_minute:
+        yield Finding("data_api.reads_per_minute", "is above upstream's published limit")
+    if data.writes_per_minute > type(data)().writes_per_minute:
+        yield Finding("data_api.writes_per_minute", "is above upstream's published limit")
+    if data.window_bytes > data.cache_max_bytes // 4:
+        yield Finding("data_api.cache_max_bytes", "large answers are not kept: is < 4 times", "data_api.window_bytes")
 
 
 def _key_warnings(config: Config) -> Iterator[Finding]:

@@ -73,7 +73,7 @@ class FakePeer:
                 return b""
             self._unread += data
         head, _, rest = self._unread.partition(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
         while len(rest) < length:
             data = await self.stream.receive_some()
             if not data:

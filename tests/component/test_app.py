@@ -32,6 +32,7 @@ from tests.component.spooling import run_inline
 NOT_METRICS = {
     "account": {"spooled", "is_balanced"},  # sums of others
     "spool": {"refusal"},  # a text; `is_refusing` is its metric
+    "data_api": {"token_problem"},  # a text; it is a warning
     "forward": {"lanes", "has_more_on_disk"},  # lanes by properties; the other explains `pending_windows`
 }
 """Fields of the statistics that are in `/status` only, with the reason."""

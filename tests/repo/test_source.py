@@ -26,6 +26,7 @@ CATCH_ALLS = {
     "relay/http/listener.py": "one request's failure is that request's 500",
     "relay/http/asgi.py": "the same on the edge and admin listeners",
     "relay/forward/lane.py": "one attempt's failure is that attempt's own",
+    "relay/data_api/flights.py": "and one request's to the data API",
     "relay/spool/store.py": "what a step raises on the spool's thread is handed to whoever waits for it",
     "relay/cli.py": "the process's edge, where a mistake becomes an exit status",
 }

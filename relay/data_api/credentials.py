@@ -1,0 +1,135 @@
+"""Who asks, and by which token Lucent is asked for them.
+
+Rules:
+1. A client's own `Authorization` passes as it is. One of the relay's `client_tokens` never leaves the relay, and stands
+   for the relay's token. They are compared by hash, all of them and in constant time.
+2. Who sends none gets the relay's token only where `data_api.anonymous` says so in as many words.
+3. A token is known elsewhere by a hash under a key of this process, and in figures by its fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import structlog
+import trio
+
+from relay.config_data_api import DataApi
+from relay.http.message import Response, error_response
+from relay.protocol.fingerprint import fingerprint
+
+log = structlog.get_logger()
+
+REREAD_SECONDS = 1.0
+"""How old what was read of `token_file` may be when it is used."""
+
+MAX_TOKEN_BYTES = 8_192
+"""Of a token file; a token that is a header cannot be longer."""
+
+_SCHEME = b"bearer "
+
+ReadFile = Callable[[Path], Awaitable[bytes]]
+"""Returns what a file begins with; raises OSError."""
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """Who asks, as upstream and the rest of the relay see them."""
+
+    authorization: bytes
+    """What upstream is sent; empty for nothing."""
+    partition: bytes
+    """Keyed hash of it: whose answers and budget these are. Empty for nobody's."""
+    name: str
+    """Fingerprint of the token; empty for none."""
+    is_relays: bool
+    """Whether it is the relay's own token."""
+
+
+class Credentials:
+    """Identifies callers.
+
+    Args:
+        settings: The configuration's section.
+        salt: Key of the hashes; 16 random bytes.
+        monotonic: Seconds.
+        read_file: Reads the token file.
+    """
+
+    def __init__(self, settings: DataApi, salt: bytes, monotonic: Callable[[], float], read_file: ReadFile) -> None:
+        self._salt = salt
+        self._client_tokens = [self._hash(token.encode()) for token in settings.client_tokens]
+        self._serves_anonymous = settings.anonymous == "serve-with-the-relays-token"
+        self._monotonic = monotonic
+        self._read_file = read_file
+        self._path = Path(settings.token_file) if settings.token_file else None
+        self._token = settings.token.encode()
+        self._read_at = float("-inf")
+        self.problem = ""
+        """Why the token file cannot be used, where it cannot."""
+
+    async def identify(self, authorization: bytes) -> Caller | Response:
+        """Return who asks; a Response where they cannot be served.
+
+        Args:
+            authorization: The request's header, empty without one.
+        """
+        own = not authorization and self._serves_anonymous
+        if authorization[: len(_SCHEME)].lower() == _SCHEME:
+            sent = self._hash(authorization[len(_SCHEME) :].strip())
+            own = sum(hmac.compare_digest(sent, token) for token in self._client_tokens) > 0
+        if own:
+            await self._reread()
+            if not self._token:
+                return error_response(503, "The relay has no token for the data API at present")
+            authorization = b"Bearer " + self._token
+        return self._caller(authorization, is_relays=own)
+
+    def _caller(self, authorization: bytes, *, is_relays: bool) -> Caller:
+        if not authorization:
+            return Caller(b"", b"", "", is_relays=False)
+        name = fingerprint(authorization.rpartition(b" ")[2])
+        return Caller(authorization, self._hash(authorization), name, is_relays)
+
+    def _hash(self, secret: bytes) -> bytes:
+        return hashlib.blake2b(secret, key=self._salt, digest_size=16).digest()
+
+    async def _reread(self) -> None:
+        """Read the token file, unless that was done just now. A token that was read stays until there is another."""
+        now = self._monotonic()
+        if self._path is None or now < self._read_at + REREAD_SECONDS:
+            return
+        self._read_at = now
+        try:
+            token = (await self._read_file(self._path)).strip()
+            problem = "" if is_token(token) else "does not hold a token, which is visible ASCII without blanks"
+        except OSError as error:
+            token, problem = b"", f"cannot be read: {error.strerror}"
+        if problem and problem != self.problem:
+            log.error("token file of the data API is of no use", path=str(self._path), reason=problem)
+        self.problem = problem
+        if not problem and token != self._token:
+            self._token = token
+            log.info("token of the data API read", token=fingerprint(token))
+
+
+async def read_token_file(path: Path) -> bytes:
+    """Return what a file begins with; in a thread, since a file may be on a network.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            return file.read(MAX_TOKEN_BYTES + 1)
+
+    return await trio.to_thread.run_sync(read)
+
+
+def is_token(token: bytes) -> bool:
+    """Return whether something can be a bearer token: visible ASCII without blanks."""
+    return bool(token) and len(token) <= MAX_TOKEN_BYTES and all(0x21 <= byte <= 0x7E for byte in token)
