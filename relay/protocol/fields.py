@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from email.utils import mktime_tz, parsedate_tz
-from math import inf
 from typing import TypeAlias
 
 Fields: TypeAlias = tuple[tuple[bytes, bytes], ...]
@@ -96,4 +95,4 @@ def seconds_of(directives: Mapping[bytes, bytes], name: bytes, *, otherwise: flo
     if name not in directives:
         return otherwise
     seconds = parse_seconds(directives[name])
-    return 0.0 if seconds is None else (inf if seconds == MAX_DELTA_SECONDS else float(seconds))
+    return 0.0 if seconds is None else float(seconds)
