@@ -139,8 +139,8 @@ class Relay:
                 f"upstream refused {account.dead_lettered} events for good: lucent-relay spool dead-letters list"
             )
         data = sources["data_api"]
-        if data.token_problem:
-            warnings.append(f"data_api.token_file {data.token_problem}")
+        if data.credentials_problem:
+            warnings.append(f"data_api.token_file {data.credentials_problem}")
         if self._config.data_api.anonymous == "serve-with-the-relays-token":
             warnings.append("the data API is open to everybody who reaches the relay: data_api.anonymous")
         if forward.attempt_errors:

@@ -1,11 +1,10 @@
 """The options: what an operator may set, the default of each option and the reason for it.
 
-A section is a component, an option a noun with its unit. Each option is one field below: its type carries the
-bounds, its description the reason for the default. `config/relay.toml` and the table in README.md are held
-against these definitions by a test.
+A section is a component, an option a noun with its unit. Each option is one field below: its type carries the bounds,
+its description the reason for the default. A test holds `config/relay.toml` and the table in README.md against them.
 
-Reading, checking and printing a configuration is `relay.settings`. msgspec holds bounds on decoding only: a
-section built in code is taken at its word.
+Reading, checking and printing a configuration is `relay.settings`. msgspec holds bounds on decoding only: a section
+built in code is taken at its word. The section of the data API is `relay.config_data_api`.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ class Listen(Section, frozen=True):
     """The two listeners and what one client may cost."""
 
     relay: Annotated[
-        str,
-        Meta(description="Address of ingest and data API, HTTP/1.1. Loopback: exposing it is a decision."),
+        str, Meta(description="Address of ingest and data API, HTTP/1.1. Loopback: exposing it is a decision.")
     ] = "127.0.0.1:8787"
     admin: Annotated[str, Meta(description="Address of health, metrics and status. Never expose it to clients.")] = (
         "127.0.0.1:8788"

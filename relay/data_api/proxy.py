@@ -129,7 +129,7 @@ class DataApi:
             reads_left_by_key={name: left for name, left in reads.items() if left is not None},
             writes_left_by_key={name: left for name, left in writes.items() if left is not None},
             refused_keys=sum(token.is_refused for token in self._tokens),
-            token_problem=self._credentials.problem,
+            credentials_problem=self._credentials.problem,
         )
 
     async def _handle(self, route: str, request: Request) -> Streamed:

@@ -43,5 +43,5 @@ class DataApiStatistics(msgspec.Struct, frozen=True):
     """Changes likewise."""
     refused_keys: int
     """Tokens that upstream answered 401 last."""
-    token_problem: str
+    credentials_problem: str
     """Why `data_api.token_file` cannot be used; empty where it can."""

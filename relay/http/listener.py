@@ -25,7 +25,7 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Final, TypeAlias
 
@@ -41,7 +41,7 @@ from relay.http.message import HANG_UP, Request, Response, Streamed, error_respo
 from relay.http.patience import LINGER_SECONDS, Patience, Phase, reap_interval
 from relay.http.render import CONTINUE, ResponseRenderer
 from relay.http.router import Router
-from relay.http.streaming import ClientGone, StreamWriter
+from relay.http.streaming import StreamWriter, write_watched
 
 log = structlog.get_logger()
 
@@ -369,22 +369,8 @@ class HttpListener:
     async def _stream(self, client: _Client, exchange: Exchange, streamed: Streamed) -> Response:
         """Let a handler write its answer while the client is watched; returns what is left to say."""
         writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))
-
-        async def watch() -> None:
-            try:
-                client.ahead = await client.receive(READ_BYTES)
-            except (trio.BrokenResourceError, OSError):
-                client.ahead = b""
-            if not client.ahead:
-                nursery.cancel_scope.cancel()
-
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(watch)
-                with suppress(ClientGone):
-                    await streamed.write(writer)
-                    await writer.finish()
-                nursery.cancel_scope.cancel()
+            client.ahead = await write_watched(streamed, writer, partial(client.receive, READ_BYTES))
         finally:
             exchange.is_begun = writer.is_begun
             if not writer.is_complete:

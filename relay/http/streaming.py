@@ -13,12 +13,13 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import trio
 
 from relay.http.connection import Exchange
-from relay.http.message import HeaderList
+from relay.http.message import HeaderList, Streamed
 from relay.http.render import ResponseRenderer
 
 PIECE_BYTES: Final = 65_536
@@ -118,3 +119,34 @@ class StreamWriter:
                 await self._send(part)
             except (trio.BrokenResourceError, OSError) as error:
                 raise ClientGone from error
+
+
+async def write_watched(
+    streamed: Streamed, writer: StreamWriter, receive: Callable[[], Awaitable[bytes | bytearray]]
+) -> bytes | bytearray:
+    """Let a handler write its answer while its client is watched, and cancel it if the client leaves.
+
+    Args:
+        streamed: The handler's.
+        writer: To the client.
+        receive: From the client.
+
+    Returns:
+        What the client has sent meanwhile, at most one read.
+    """
+    ahead: bytes | bytearray = b""
+
+    async def watch() -> None:
+        nonlocal ahead
+        with suppress(trio.BrokenResourceError, OSError):
+            ahead = await receive()
+        if not ahead:
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        with suppress(ClientGone):
+            await streamed.write(writer)
+            await writer.finish()
+        nursery.cancel_scope.cancel()
+    return ahead

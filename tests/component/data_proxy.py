@@ -9,7 +9,8 @@ from typing import Any
 
 import trio
 
-from relay.config import Listen, Upstream
+from relay.app import data_upstream
+from relay.config import Config, Listen
 from relay.config_data_api import DataApi as Settings
 from relay.data_api.proxy import DataApi
 from relay.http.client import HttpClient
@@ -25,11 +26,11 @@ Respond = Callable[[bytes], bytes | None]
 """Returns the answer to a request; None to close without one."""
 
 
-def get(target: str = ISSUES, *lines: str, token: str = TOKEN, method: str = "GET", body: bytes = b"") -> bytes:
-    """Return a client's request."""
+def get(target: str = ISSUES, *lines: str, by: str = TOKEN, method: str = "GET", body: bytes = b"") -> bytes:
+    """Return the request of a client with some token, or none."""
     head = [f"{method} {target} HTTP/1.1", "Host: relay.test", *lines]
-    if token:
-        head.append(f"Authorization: Bearer {token}")
+    if by:
+        head.append(f"Authorization: Bearer {by}")
     if body:
         head.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*head, "\r\n"]).encode() + body
@@ -99,7 +100,6 @@ async def proxying(
     respond: Respond | None = None,
     *scripts: Script,
     listen: Listen | None = None,
-    upstream: Upstream | None = None,
     lockstep: bool = False,
     read_file: Callable[[Path], bytes] | None = None,
     **settings: Any,
@@ -118,7 +118,7 @@ async def proxying(
             if respond is not None
             else FakeOrigin(nursery, *scripts, lockstep=lockstep)
         )
-        client = HttpClient("http://data.example/base", upstream or Upstream(), connect=origin.connect)
+        client = HttpClient("http://data.example/base", data_upstream(Config(data_api=chosen)), connect=origin.connect)
         data_api = DataApi(
             chosen,
             client,

@@ -32,7 +32,7 @@ from tests.component.spooling import run_inline
 NOT_METRICS = {
     "account": {"spooled", "is_balanced"},  # sums of others
     "spool": {"refusal"},  # a text; `is_refusing` is its metric
-    "data_api": {"token_problem"},  # a text; it is a warning
+    "data_api": {"credentials_problem"},  # a text; it is a warning
     "forward": {"lanes", "has_more_on_disk"},  # lanes by properties; the other explains `pending_windows`
 }
 """Fields of the statistics that are in `/status` only, with the reason."""
@@ -94,6 +94,7 @@ async def running(
     run: Run | None = None,
     linger_seconds: float = 0.02,
     deadline_seconds: float = 5.0,
+    data_url: str = "",
 ) -> AsyncIterator[Running]:
     """Run sandbox and relay; on exit the relay is stopped, unless the test did."""
     settings = SandboxSettings(requests_per_minute=0, faults=fault_settings(faults or {}))
@@ -102,7 +103,7 @@ async def running(
         ingest_url = await nursery.start(serve_sandbox, sandbox, "127.0.0.1:0")
         config = Config(
             listen=Listen(relay="127.0.0.1:0", admin="127.0.0.1:0"),
-            upstream=Upstream(ingest_url=ingest_url),
+            upstream=Upstream(ingest_url=ingest_url, data_url=data_url or ingest_url),
             batch=BatchSettings(linger_seconds=linger_seconds),
             budget=Budget(requests_per_minute=0),
             spool=SpoolSettings(directory=str(directory), durability="os"),
@@ -151,6 +152,8 @@ async def test_every_metric_is_exposed(tmp_path: Path) -> None:
         await it.post(make_body(flush="final"))
         await it.post(b"{}")
         await it.wait_delivered(1)
+        bearer = ((b"authorization", b"Bearer luc_api_test"),)
+        await _ask(it.url, "GET", "/api/v1/issues", bearer)
         reply = await it.get("/metrics")
         assert reply.headers[b"content-type"] == b"text/plain; version=0.0.4; charset=utf-8"
         lines = reply.body.decode().splitlines()
@@ -162,6 +165,7 @@ async def test_every_metric_is_exposed(tmp_path: Path) -> None:
         assert PREFIX + 'batches_refused_total{status="400"} 1.0' in lines
         assert PREFIX + 'batch_fullness_ratio_bucket{le="0.1"} 1.0' in lines
         assert KEY not in reply.body.decode()
+        assert "luc_api_test" not in reply.body.decode()
 
 
 async def test_every_figure_is_a_metric_or_an_exception(tmp_path: Path) -> None:
@@ -195,6 +199,36 @@ async def test_full_spool_is_not_ready(tmp_path: Path) -> None:
         assert (ready.status, orjson.loads(ready.body)["reasons"]) == (503, ["the disk refused a write: full"])
         assert await it.post(make_body()) == 503
         assert (await it.get("/livez")).status == 200
+
+
+async def test_a_stalled_data_api_is_nothing_to_ingest(tmp_path: Path) -> None:
+    """While every slot of the data API hangs, batches are taken, delivered and counted as ever."""
+    silent = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    data_url = f"http://127.0.0.1:{silent[0].socket.getsockname()[1]}"
+    bearer = ((b"authorization", b"Bearer luc_api_x"),)
+    async with silent[0], running(tmp_path, data_url=data_url) as it, trio.open_nursery() as nursery:
+        for number in range(100):  # more than its slots
+            nursery.start_soon(_ask, it.url, "GET", f"/api/v1/issues?cursor={number}", bearer)
+        await it.wait_status(lambda status: status["data_api"]["in_flight"] == 100)
+        for sequence in range(20):
+            assert await it.post(make_body(sequence=sequence)) == 200
+        await it.wait_delivered(20)
+        status = await it.wait_status(lambda status: status["account"]["delivered"] == 20)
+        assert_accounted(status["account"], accepted=20, delivered=20)
+        assert status["data_api"]["in_flight"] == 100
+        assert status["forward"]["in_flight"] == 0
+        nursery.cancel_scope.cancel()
+
+
+async def test_data_api_is_reached(tmp_path: Path) -> None:
+    """The relay listener serves the data API, and says so in `/status`; where nobody is, it is 502."""
+    async with running(tmp_path, data_url="http://127.0.0.1:9") as it:
+        reply = await _ask(it.url, "GET", "/api/v1/issues")
+        assert (reply.status, orjson.loads(reply.body)) == (502, {"error": "Lucent cannot be reached"})
+        assert (await _ask(it.url, "GET", "/api/v1/nothing")).status == 404
+        status = await it.status()
+        assert status["data_api"]["answers_by_class"]["5xx"] == 1
+        assert_accounted(status["account"], accepted=0)
 
 
 # -- its end

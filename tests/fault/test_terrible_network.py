@@ -13,7 +13,8 @@ import trio
 from trio.testing import MockClock
 
 from relay.config import Upstream
-from relay.http.client import HeaderPairs, HttpClient, Reply
+from relay.http.client import HttpClient, Reply
+from relay.http.client_connection import HeaderPairs
 from tests.accounting import assert_accounted
 from tests.component.batches import make_event
 from tests.component.fake_upstream import FakeUpstream, Forwarding, forwarding, make_config
