@@ -137,6 +137,13 @@ def sandbox_server(core: int | None, requests_per_minute: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def data_origin(core: int | None) -> Iterator[Server]:
+    """Run the origin of the data API's benchmark."""
+    with _spawned(["bench.data_origin"], core, r"http://([\d.]+):(\d+)") as server:
+        yield server
+
+
+@contextlib.contextmanager
 def relay_server(
     core: int | None,
     spool: Path,

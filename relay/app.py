@@ -140,7 +140,7 @@ class Relay:
             )
         data = sources["data_api"]
         if data.credentials_problem:
-            warnings.append(f"data_api.token_file {data.credentials_problem}")
+            warnings.append(data.credentials_problem)
         if self._config.data_api.anonymous == "serve-with-the-relays-token":
             warnings.append("the data API is open to everybody who reaches the relay: data_api.anonymous")
         if forward.attempt_errors:

@@ -45,8 +45,6 @@ class Caller(msgspec.Struct, frozen=True):
     """Keyed hash of it: whose answers and budget these are. Empty for nobody's."""
     name: str
     """Fingerprint of the token; empty for none."""
-    is_relays: bool
-    """Whether it is the relay's own token."""
 
 
 class Credentials:
@@ -70,6 +68,8 @@ class Credentials:
         self._read_at = float("-inf")
         self.problem = ""
         """Why the token file cannot be used, where it cannot."""
+        self.own_partition = b""
+        """Of the relay's token, once it was used."""
 
     async def identify(self, authorization: bytes) -> Caller | Response:
         """Return who asks; a Response where they cannot be served.
@@ -86,13 +86,10 @@ class Credentials:
             if not self._token:
                 return error_response(503, "The relay has no token for the data API at present")
             authorization = b"Bearer " + self._token
-        return self._caller(authorization, is_relays=own)
-
-    def _caller(self, authorization: bytes, *, is_relays: bool) -> Caller:
+            self.own_partition = self._hash(authorization)
         if not authorization:
-            return Caller(b"", b"", "", is_relays=False)
-        name = fingerprint(authorization.rpartition(b" ")[2])
-        return Caller(authorization, self._hash(authorization), name, is_relays)
+            return Caller(b"", b"", "")
+        return Caller(authorization, self._hash(authorization), fingerprint(authorization.rpartition(b" ")[2]))
 
     def _hash(self, secret: bytes) -> bytes:
         return hashlib.blake2b(secret, key=self._salt, digest_size=16).digest()
@@ -105,7 +102,7 @@ class Credentials:
         self._read_at = now
         try:
             token = (await self._read_file(self._path)).strip()
-            problem = "" if is_token(token) else "does not hold a token, which is visible ASCII without blanks"
+            problem = "" if is_token(token) else "holds no token, which is visible ASCII without blanks"
         except OSError as error:
             token, problem = b"", f"cannot be read: {error.strerror}"
         if problem and problem != self.problem:

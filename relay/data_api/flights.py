@@ -22,7 +22,7 @@ from relay.config_data_api import DataApi
 from relay.data_api.asking import Ask
 from relay.data_api.flight import Busy, Flight, Head
 from relay.data_api.store import AnswerStore
-from relay.errors import ExchangeFailed, ExchangeTimedOut, Unanswered, UpstreamError
+from relay.errors import ConnectFailed, ExchangeFailed, ExchangeTimedOut, Unanswered, UpstreamError
 from relay.http.client import HttpClient, StreamedReply
 from relay.protocol.caching import Kept, is_same_selection, keep, renewed_headers
 from relay.protocol.fields import Fields, end_to_end, without
@@ -154,6 +154,9 @@ class Flights:
                         is_settled = True
                         await self._receive(flight, ask, kept, reply, sent_at)
                         break
+                except ConnectFailed:
+                    is_settled = is_settled or not is_fresh  # nothing was sent, now or before
+                    raise
                 except Unanswered:
                     if is_fresh or not self._may_repeat(ask):
                         raise

@@ -129,8 +129,17 @@ class DataApi:
             reads_left_by_key={name: left for name, left in reads.items() if left is not None},
             writes_left_by_key={name: left for name, left in writes.items() if left is not None},
             refused_keys=sum(token.is_refused for token in self._tokens),
-            credentials_problem=self._credentials.problem,
+            credentials_problem=self._find_problem(),
         )
+
+    def _find_problem(self) -> str:
+        """Return what is wrong with the relay's token; empty where nothing is known to be."""
+        if self._credentials.problem:
+            return f"data_api.token_file {self._credentials.problem}"
+        own = self._tokens.get(self._credentials.own_partition)
+        if own is not None and own.is_refused:
+            return f"Lucent refuses the relay's token for the data API, {own.name}"
+        return ""
 
     async def _handle(self, route: str, request: Request) -> Streamed:
         return Streamed(partial(self._answer, route, request))

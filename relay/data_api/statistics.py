@@ -44,4 +44,4 @@ class DataApiStatistics(msgspec.Struct, frozen=True):
     refused_keys: int
     """Tokens that upstream answered 401 last."""
     credentials_problem: str
-    """Why `data_api.token_file` cannot be used; empty where it can."""
+    """What is wrong with the relay's own token; empty where nothing is known to be."""

@@ -52,6 +52,10 @@ class Tokens:
     def __iter__(self) -> Iterator[Token]:
         return iter(self._tokens.values())
 
+    def get(self, partition: bytes) -> Token | None:
+        """Return a token that is known, without using it."""
+        return self._tokens.get(partition)
+
     def find(self, partition: bytes, name: str) -> Token:
         """Return a token, known or new.
 

@@ -412,3 +412,16 @@ async def test_certain_refusals_are_the_edges_by_option() -> None:
     async with proxying(lambda _: answer()) as it:
         for request in bad:
             assert (await it.ask(request))[0] == 200
+
+
+@pytest.mark.parametrize("ticks", range(0, 60, 2))
+async def test_a_client_may_leave_at_any_moment(ticks: int) -> None:
+    """Wherever a request is when its client leaves, nothing stays behind and the next one is served."""
+    async with proxying(lambda _: answer(), cache_seconds=0) as it:
+        async with it.connect() as client:
+            await client.send(get())
+            for _ in range(ticks):
+                await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+        assert it.data_api.statistics().in_flight == 0
+        assert (await it.ask(get()))[0] == 200

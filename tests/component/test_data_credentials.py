@@ -88,7 +88,10 @@ async def test_a_token_file_is_read_again(autojump_clock: trio.testing.MockClock
                 await it.ask(get(by=GIVEN))
                 used.append(sent(it.asked[-1]).decode().removeprefix("Bearer luc_api_"))
                 if isinstance(content, OSError):
-                    assert it.data_api.statistics().credentials_problem == "cannot be read: No such file"
+                    assert (
+                        it.data_api.statistics().credentials_problem
+                        == "data_api.token_file cannot be read: No such file"
+                    )
             assert it.data_api.statistics().credentials_problem == ""
     assert used == ["1", "2", "2", "2", "3"]
     assert [entry["event"] for entry in logs if entry["log_level"] == "error"] == [
@@ -168,3 +171,14 @@ async def read_nothing(_: Path) -> bytes:
     """Read no file."""
     await trio.lowlevel.checkpoint()
     return b""
+
+
+async def test_a_refused_token_of_the_relays_is_said(autojump_clock: trio.testing.MockClock) -> None:
+    """Where upstream answers the relay's own token 401, an operator is told until it is taken again."""
+    answers = [answer(status="401 Unauthorized"), answer()]
+    async with proxying(lambda _: answers.pop(0), **HOLDING) as it:
+        await it.ask(get(by=GIVEN))
+        problem = it.data_api.statistics().credentials_problem
+        assert problem.startswith("Lucent refuses the relay's token for the data API, key-")
+        await it.ask(get(by=GIVEN))
+        assert it.data_api.statistics().credentials_problem == ""

@@ -91,3 +91,25 @@ def test_huge_spool_costs_neither_memory_nor_reading(tmp_path: Path) -> None:
         assert phase["open_read_bytes"] - report["empty_open_read_bytes"] < report["spool_bytes"] / 4
     assert report["drain"]["requests"] >= 4_000
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_api_benchmark_reports() -> None:
+    """One short round gives figures of every way; a large answer passes in little memory, polls are shared."""
+    words = ["--seconds", "0.5", "--rounds", "1", "--readers-seconds", "3", "--json"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "bench.data_api", *words],
+        cwd=CHECKOUT,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.decode()) == (0, "")
+    report = json.loads(ended.stdout)
+    assert list(report["rounds"]) == ["direct", "passed on", "kept"]
+    for [found] in report["rounds"].values():
+        assert found["requests_per_second"] > 0
+        assert 0 < found["p50_ms"] <= found["p99_ms"]
+    # A tenth of the answer would be ten times the window.
+    assert report["resident_peak_megabytes"] < report["resident_before_megabytes"] + 10
+    assert report["polls"] >= 20
+    assert report["polls_upstream"] <= 2

@@ -90,9 +90,9 @@ def test_unusual_keys_are_warned_of(arguments: list[str], expected: str) -> None
 def test_every_secret_is_masked() -> None:
     """print-config shows that keys are set, and none of them."""
     secrets = [f"keys.default={CLIENT}", f'keys.listed=["{ONE}"]', f"keys.pools={POOLS}", "keys.accept=listed"]
-    loaded = with_sets(*secrets)
+    loaded = with_sets(*secrets, "data_api.token=luc_api_held", 'data_api.client_tokens=["handed-out-to-one"]')
     text = render_effective(loaded.config, loaded.origins)
-    assert "luc_pk" not in text
+    assert not any(secret in text for secret in ("luc_pk", "luc_api", "handed-out"))
     for option in options().values():
         if option.secret:
             assert f'{option.name} = "{MASK}"' in text
