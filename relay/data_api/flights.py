@@ -154,8 +154,10 @@ class Flights:
                         is_settled = True
                         await self._receive(flight, ask, kept, reply, sent_at)
                         break
-                except ConnectFailed:
-                    is_settled = is_settled or not is_fresh  # nothing was sent, now or before
+                except ConnectFailed as error:
+                    if is_fresh:  # it promises that nothing was sent, which the first attempt makes untrue
+                        raise ExchangeFailed(f"no answer to a first attempt; then {error}") from error
+                    is_settled = True
                     raise
                 except Unanswered:
                     if is_fresh or not self._may_repeat(ask):
@@ -183,6 +185,7 @@ class Flights:
         headers = without(end_to_end(reply.headers), _LENGTH)
         may_keep = not ask.is_apart and ask.method == "GET"
         if reply.status == 304 and kept is not None:
+            await reply.receive()  # its end, so that the connection can be used again
             headers = renewed_headers(kept, headers)
             answer = self._keep(ask, headers, kept.body, sent_at) if may_keep else None
             flight.is_stored = answer is not None and self._store_if_current(flight, ask, answer)

@@ -242,12 +242,8 @@ class DataApi:
         else:
             self._start(writer, head.status, headers, head.length)
 
-    async def _serve_kept(
-        self, ask: Ask, writer: Writer, kept: Kept, status: tuple[bytes, bytes] | None = None
-    ) -> None:
-        now = self._monotonic()
-        status = status or cache_status(fresh_seconds=kept.fresh_seconds(now))
-        headers = (*kept.headers, (b"age", b"%d" % kept.age(now)), VIA, status)
+    async def _serve_kept(self, ask: Ask, writer: Writer, kept: Kept, status: tuple[bytes, bytes]) -> None:
+        headers = (*kept.headers, (b"age", b"%d" % kept.age(self._monotonic())), VIA, status)
         if is_not_modified(ask.fields, kept.headers):
             self._start(writer, 304, without(headers, _BODY_FIELDS), None)
         else:

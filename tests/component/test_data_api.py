@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from relay.config import Listen
 from relay.data_api.proxy import RETRY_AFTER_SECONDS
+from relay.http.connect import Origin
 from tests.component.data_proxy import ISSUE, ISSUES, Proxying, answer, get, patch, proxying
 from tests.component.fake_origin import FakePeer, answering_then_closing, silence
 
@@ -224,10 +225,41 @@ async def test_idempotent_requests_are_sent_once_more(request_: bytes) -> None:
         assert it.data_api.statistics().upstream_requests == 2
 
 
-async def test_a_change_of_unknown_fate_says_so() -> None:
-    """Whoever sent a change is told that it may have been made."""
-    _, _, message = await failing(unheard, patch(), attempts=2)
-    assert message == "Lucent cannot be reached; the change may have been made, and can be sent again"
+@pytest.mark.parametrize("is_reachable", [True, False], ids=["unanswered again", "unreachable then"])
+async def test_a_change_of_unknown_fate_says_so(is_reachable: bool) -> None:
+    """Whoever sent a change is told that it may have been made, also where the second attempt was not."""
+    with capture_logs():
+        async with proxying(None, unheard, unheard) as it:
+            connect = it.data_api._client._connect
+
+            async def once(origin: Origin) -> trio.abc.Stream:
+                if it.origin.wires and not is_reachable:
+                    raise OSError("refused")
+                return await connect(origin)
+
+            it.data_api._client._connect = once
+            _, _, body = await it.ask(patch())
+    assert error_of(body) == "Lucent cannot be reached; the change may have been made, and can be sent again"
+
+
+async def test_a_change_that_was_never_sent_drops_nothing() -> None:
+    """Where there is no connection nothing was changed: what is kept stays, and the client is not alarmed."""
+    with capture_logs():
+        async with proxying(lambda _: answer(b"one")) as it:
+            connect = it.data_api._client._connect
+
+            async def refuse(_: Origin) -> trio.abc.Stream:
+                raise OSError("refused")
+
+            await it.ask(get(ISSUE))
+            await it.data_api._client.aclose()
+            it.data_api._client._closed = False
+            it.data_api._client._connect = refuse
+            _, _, body = await it.ask(patch())
+            assert error_of(body) == "Lucent cannot be reached"
+            it.data_api._client._connect = connect
+            await it.ask(get(ISSUE))
+            assert len(it.asked) == 1
 
 
 BROKEN = {

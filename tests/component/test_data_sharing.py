@@ -205,7 +205,7 @@ async def test_a_stale_answer_is_asked_about(autojump_clock: trio.testing.MockCl
         assert status_of(headers) == b"fwd=stale; fwd-status=304; stored"
         await trio.sleep(10)
         assert status_of((await it.ask(get()))[1]) == b"hit; ttl=5"
-        assert len(it.asked) == 2
+        assert (len(it.asked), len(it.origin.wires)) == (2, 1)
         assert it.data_api.statistics().cache_by_outcome == {
             **dict.fromkeys(("stale", "shared", "passed"), 0),
             **dict.fromkeys(("hit", "revalidated", "miss"), 1),
