@@ -26,7 +26,7 @@ RECEIVE_BYTES = 16_384
 """One read: a full TLS record (RFC 8446, 5.1), and so as large as decryption returns at once."""
 
 STREAM_BYTES = 65_536
-"""One read of a streamed body. Read by 16 KiB, 100 MB cost twice the CPU time."""
+"""One read of a streamed body: 100 MB take 0.06 s of CPU time so, 0.17 s by 16 KiB, and 0.16 s by 256 KiB."""
 
 MAX_HEAD_BYTES = 16_384
 """Status line and headers of an answer, each chunk header, the trailer. The limit of h11, Node and IIS."""
