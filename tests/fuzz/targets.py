@@ -25,7 +25,7 @@ from relay.protocol.cut import body_prefix, body_suffix
 from relay.protocol.replay import decode_batch
 from relay.protocol.schema import MAX_SAFE_INTEGER, MAX_SEQUENCE
 from relay.sandbox.body import parse_json
-from relay.sandbox.schema import BatchSchema, load_description
+from relay.sandbox.schema import BatchSchema, as_utf8, load_description
 
 _PUBLISHED = BatchSchema(load_description())
 
@@ -88,12 +88,13 @@ def _summary(exchange: Exchange) -> tuple[object, ...]:
 # -- codings
 
 _CAPS = (10, 1_000, 100_000, 1_000_000)
+_HEADERS = (*CODINGS, "", " GZip ", "br", "gzip, gzip")
+
 _INCOMPLETE_CODE = ("distances set", "lengths set", "missing end-of-block")
-"""How zlib ends its complaints of Huffman codes with gaps. ISA-L reads them; what comes out still has its checksum."""
+"""How zlib ends its complaints of Huffman codes with gaps, which no encoder writes. ISA-L reads them."""
 
 _ZSTD_PIECE_BYTES = 32
-
-_HEADERS = (*CODINGS, "", " GZip ", "br", "gzip, gzip")
+"""Fed at a time: a few bytes may stand for megabytes, and nothing else bounds what comes out."""
 
 
 def codings(data: bytes) -> None:
@@ -110,6 +111,7 @@ def codings(data: bytes) -> None:
         return
     except (InvalidBatch, TooLarge):
         decoded = None
+    assert decoded is None or len(decoded) <= cap
     try:
         expected = _reference(body, coding, cap)
     except zstandard.ZstdError:
@@ -122,7 +124,6 @@ def codings(data: bytes) -> None:
         assert expected is None or len(expected) > cap
     else:
         assert decoded == expected
-        assert len(decoded) <= cap
 
 
 def _reference(body: bytes, coding: str, cap: int) -> bytes | None:
@@ -156,7 +157,6 @@ def _decompress_frames(body: bytes, cap: int) -> bytes | None:
     while body:
         decoder = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW_BYTES).decompressobj()
         while body and not decoder.eof:
-            # In small pieces: a few bytes may stand for megabytes, and there is no other bound on what comes out.
             decoded += decoder.decompress(body[:_ZSTD_PIECE_BYTES])
             body = decoder.unused_data + body[_ZSTD_PIECE_BYTES:]
             if len(decoded) > cap:
@@ -192,8 +192,8 @@ def decoder(data: bytes) -> None:
     assert batch.event_count == len(replay["events"])
     assert batch.sequence == replay["sequence"]
     assert batch.is_final == (expected.setdefault("flush", "normal") == "final")
-    assert batch.session_id == session["id"] or not _is_utf8(session["id"])
-    assert batch.window_id == session["windowId"] or not _is_utf8(session["windowId"])
+    assert batch.session_id == session["id"] or session["id"] != as_utf8(session["id"])
+    assert batch.window_id == session["windowId"] or session["windowId"] != as_utf8(session["windowId"])
     prefix = body_prefix(batch.envelope, batch.last_activity, batch.sequence)
     sent = parse_json(prefix + bytes(batch.events) + body_suffix(is_final=batch.is_final))
     sent.setdefault("flush", "normal")
@@ -204,10 +204,6 @@ def decoder(data: bytes) -> None:
 def _has_safe_integers(replay: Any) -> bool:
     types = [event["type"] for event in replay["events"]]
     return replay["sequence"] <= MAX_SEQUENCE and all(abs(value) <= MAX_SAFE_INTEGER for value in types)
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isprintable() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def lenient(data: bytes) -> None:
