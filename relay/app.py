@@ -28,7 +28,7 @@ from relay.clock import wall_clock
 from relay.config import Config, Upstream
 from relay.data_api.credentials import read_token_file
 from relay.data_api.proxy import DataApi
-from relay.errors import ConfigError, SpoolError
+from relay.errors import ConfigError, SpoolDamaged, SpoolError
 from relay.exit_codes import ExitCode
 from relay.forward.forwarder import Forwarder
 from relay.forward.lane import Client, Clocks
@@ -105,8 +105,12 @@ class Relay:
 
     async def statistics(self) -> Mapping[str, Any]:
         """Return the components' statistics by source."""
+        try:
+            account = {"account": await self._spool.account()}
+        except SpoolDamaged:  # the others are all the more worth looking at
+            account = {}
         return {
-            "account": await self._spool.account(),
+            **account,
             "spool": self._spool.statistics(),
             "intake": self._intake.statistics(),
             "forward": self._forwarder.statistics(),
@@ -119,13 +123,14 @@ class Relay:
     def not_ready(self) -> Sequence[str]:
         """Return why no batches are accepted now."""
         reasons = [] if self._state == "running" else [f"the relay is {self._state}"]
-        if self._spool.refusal:
-            reasons.append(self._spool.refusal)
+        reason = self._spool.refusal or self._spool.append_damage
+        if reason:
+            reasons.append(reason)
         return reasons
 
     def warnings(self, sources: Mapping[str, Any]) -> Sequence[str]:
         """Return what an operator should look at, going by the statistics."""
-        account, forward = sources["account"], sources["forward"]
+        account, forward, spool = sources.get("account"), sources["forward"], sources["spool"]
         warnings = []
         for lane in forward.lanes:
             if lane.state == "held":
@@ -134,15 +139,23 @@ class Relay:
                 warnings.append(f"something that is not the ingest API answers {lane.key}: check upstream.ingest_url")
             elif lane.state == "probing":
                 warnings.append(f"upstream does not answer {lane.key}: {lane.failures} failures in a row")
-        if account.dead_letters:
-            warnings.append(
-                f"upstream refused {account.dead_lettered} events for good: lucent-relay spool dead-letters list"
-            )
         data = sources["data_api"]
         if data.credentials_problem:
             warnings.append(data.credentials_problem)
         if self._config.data_api.anonymous == "serve-with-the-relays-token":
             warnings.append("the data API is open to everybody who reaches the relay: data_api.anonymous")
+        if spool.damage:
+            warnings.append(f"{spool.damage}: run lucent-relay spool verify")
+        if forward.sessions_set_aside:
+            warnings.append(f"{forward.sessions_set_aside} sessions are set aside, their part of the spool is damaged")
+        if account is None:
+            warnings.append("the account cannot be read, its part of the spool is damaged")
+            return warnings
+        refused = account.dead_lettered - account.damaged
+        if refused:
+            warnings.append(f"upstream refused {refused} events for good: lucent-relay spool dead-letters list")
+        if account.damaged:
+            warnings.append(f"{account.damaged} events are damaged on the disk: lucent-relay spool dead-letters list")
         if forward.attempt_errors:
             warnings.append(f"{forward.attempt_errors} deliveries failed by an error of the relay; see the log")
         if not account.is_balanced:

@@ -8,6 +8,7 @@ The tree:
     │   ├── SpoolLocked         another relay owns the directory
     │   ├── SpoolSchemaMismatch the directory was written by another version
     │   └── SpoolUnavailable    the disk refused a read or write; safe to retry later
+    │       └── SpoolDamaged    what is needed lies on a damaged page; retrying does not help, the rest still works
     ├── RefusedBatch            a client sent something we answer with a 4xx
     │   ├── InvalidBatch        400
     │   ├── TooLarge            413
@@ -57,6 +58,10 @@ class SpoolSchemaMismatch(SpoolError):
 
 class SpoolUnavailable(SpoolError):
     """The disk refused a read or a write (full, read-only, I/O error). Nothing was committed; retry later."""
+
+
+class SpoolDamaged(SpoolUnavailable):
+    """A page of the database is damaged. Nothing was committed; whatever needs that page fails every time."""
 
 
 class RefusedBatch(RelayError):

@@ -106,10 +106,11 @@ METRICS = (
     Metric("events_accepted_total", "counter", "Events answered 200, ever, in this spool.", "account", "accepted"),
     Metric("events_delivered_total", "counter", "Events that upstream has taken.", "account", "delivered"),
     Metric("events_purged_total", "counter", "Events removed by an operator.", "account", "purged"),
-    Metric("events_shed_total", "counter", "Dead letters' events dropped for want of room.", "account", "shed"),
+    Metric("events_shed_total", "counter", "Events dropped for want of room.", "account", "shed_by_reason", "reason"),
     Metric("spool_pending_events", "gauge", "Spooled events in no sealed batch.", "account", "pending"),
     Metric("spool_sealed_events", "gauge", "Spooled events in a sealed batch on its way.", "account", "sealed"),
-    Metric("dead_letter_events", "gauge", "Events upstream refused for good.", "account", "dead_lettered"),
+    Metric("dead_letter_events", "gauge", "Events kept aside for good.", "account", "dead_lettered"),
+    Metric("damaged_events", "gauge", "Of these, damaged on the disk.", "account", "damaged"),
     Metric("dead_letters", "gauge", "Dead letters that hold them.", "account", "dead_letters"),
     Metric("dead_letter_bytes", "gauge", "What these take of the disk.", "account", "dead_letter_bytes"),
     Metric("spool_segments", "gauge", "Segments in the spool.", "account", "segments"),
@@ -123,6 +124,7 @@ METRICS = (
     Metric(
         "spool_marks_forgotten_total", "counter", "Client batches no longer remembered.", "spool", "marks_forgotten"
     ),
+    Metric("segments_quarantined_total", "counter", "Damaged segments set aside.", "spool", "segments_quarantined"),
     Metric("spool_refusing", "gauge", "1 while new batches are refused for the disk's sake.", "spool", "is_refusing"),
     # Intake.
     Metric("batches_accepted_total", "counter", "Client batches stored.", "intake", "batches_accepted"),
@@ -160,6 +162,7 @@ METRICS = (
     Metric("batches_recut_total", "counter", "Refused batches cut into smaller ones.", "forward", "batches_recut"),
     Metric("batches_dead_total", "counter", "Batches made dead letters.", "forward", "batches_dead_lettered"),
     Metric("forward_bytes_total", "counter", "Bodies sent to upstream, retries included.", "forward", "bytes_sent"),
+    Metric("sessions_set_aside_total", "counter", "Sessions whose pages are damaged.", "forward", "sessions_set_aside"),
     Metric("attempt_errors_total", "counter", "Deliveries that failed by our own error.", "forward", "attempt_errors"),
     Metric("forward_in_flight", "gauge", "Requests to upstream under way.", "forward", "in_flight"),
     Metric("forward_in_flight_limit", "gauge", "How many there may be.", "forward", "in_flight_limit"),

@@ -105,7 +105,7 @@ def demo_config(upstream_url: str, directory: str) -> Config:
         listen=Listen(relay=FREE_PORT, admin=FREE_PORT),
         upstream=Upstream(ingest_url=upstream_url),
         # A few MB for half a minute starve nobody, and a full disk is no reason for a poor first impression.
-        spool=Spool(directory=directory, min_free_bytes=0),
+        spool=Spool(directory=directory, min_free_bytes=0, reserve_bytes=0),
     )
 
 

@@ -39,6 +39,8 @@ class ForwardCounts:
         self.batches_dead_lettered = 0
         self.bytes_sent = 0
         """Gzip bodies, retries included."""
+        self.sessions_set_aside = 0
+        """Sessions left alone until a restart, since what they need of the disk is damaged."""
         self.attempt_errors = 0
         """Attempts that ended in an error of ours."""
 

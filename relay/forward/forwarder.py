@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from relay.config import Config
+from relay.errors import SpoolDamaged, SpoolUnavailable
 from relay.forward.counts import ForwardCounts
 from relay.forward.lane import Client, Clocks, Lane, LaneStatus
 from relay.forward.slots import Slots
@@ -59,6 +60,8 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     """Batches that upstream refused and that became dead letters."""
     bytes_sent: int
     """Gzip bodies, retries included."""
+    sessions_set_aside: int
+    """Sessions left alone until a restart, since what they need of the disk is damaged."""
     attempt_errors: int
     """Attempts that ended in an error of ours."""
     in_flight: int
@@ -166,6 +169,7 @@ class Forwarder:
             batches_recut=counts.batches_recut,
             batches_dead_lettered=counts.batches_dead_lettered,
             bytes_sent=counts.bytes_sent,
+            sessions_set_aside=counts.sessions_set_aside,
             attempt_errors=counts.attempt_errors,
             in_flight=sum(lane.in_flight for lane in lanes),
             in_flight_limit=self._slots.limit,
@@ -178,11 +182,20 @@ class Forwarder:
         return sum(lane.pending_windows for lane in self._lanes.values())
 
     async def _restore(self) -> None:
+        """Take up what an earlier run left, as far as the disk has it still."""
+        for read in (self._restore_attempts, self._restore_batches, self._read_pending):
+            try:
+                await read()
+            except SpoolDamaged as error:
+                log.error("what an earlier run left cannot all be read", problem=str(error))  # noqa: TRY400
+
+    async def _restore_attempts(self) -> None:
         for attempt in await self._spool.recent_attempts():
             (await self._lane(attempt.key_id)).restore_attempt(attempt.at)
+
+    async def _restore_batches(self) -> None:
         for batch in await self._spool.sealed_batches():
             (await self._lane(batch.key_id)).restore(batch)
-        await self._read_pending()
 
     async def _read_pending(self) -> None:
         """Take windows from the disk into the schedules (rule 1): a page, and more while there is much room."""
@@ -261,7 +274,10 @@ class Forwarder:
         while True:
             await trio.sleep(_KEEP_SECONDS)
             if self._has_more:
-                await self._read_pending()
+                try:
+                    await self._read_pending()
+                except SpoolUnavailable as error:  # there is a next time
+                    log.warning("pending windows cannot be read", problem=str(error))
             for key_id in [key_id for key_id, lane in self._lanes.items() if lane.is_idle]:
                 self._scopes.pop(key_id).cancel()
                 del self._lanes[key_id]

@@ -21,7 +21,7 @@ import structlog
 import trio
 
 from relay.config import Config
-from relay.errors import SpoolUnavailable, UpstreamError
+from relay.errors import SpoolDamaged, SpoolUnavailable, UpstreamError
 from relay.forward.counts import ForwardCounts
 from relay.forward.slots import Slots
 from relay.http.client import Reply
@@ -33,7 +33,7 @@ from relay.protocol.limit import make_budget
 from relay.protocol.schedule import Choice, Schedule
 from relay.protocol.verdict import Verdict, classify, parse_retry_after
 from relay.spool.spool import Spool
-from relay.spool.values import Load, PendingWindow, Recut, SealedBatch
+from relay.spool.values import Load, PendingWindow, Quarantined, Recut, SealedBatch
 
 T = TypeVar("T")
 
@@ -296,6 +296,10 @@ class Lane:
             load = await self._take(choice)
             if load is not None:
                 await self._attempt(load)
+        except SpoolDamaged as error:
+            # The session stays busy: what cannot be read, or settled, is kept as it is for `spool salvage`.
+            self._log.error("a session is set aside", session=choice.session_id, problem=str(error))
+            self._counts.sessions_set_aside += 1
         except Exception:  # noqa: BLE001 - one session's trouble must not end the lane
             # The session stays busy: what we cannot handle is kept, and not touched again before a restart.
             self._log.exception("delivery failed by an error of the relay", session=choice.session_id)
@@ -314,9 +318,18 @@ class Lane:
         """Seal what was chosen, or load what was sealed; None where there is nothing to send after all."""
         try:
             if choice.batch_id is not None:
-                return await self._spool.load(choice.batch_id)
+                load = await self._spool.load(choice.batch_id)
+                if load is None:
+                    self._go_on(choice.session_id, choice.batch_id)
+                return load
             assert choice.window_id is not None  # noqa: S101 - a Choice has one or the other
-            return await self._spool.seal(choice.window_id, partial(self._note_sealed, choice, choice.window_id))
+            sealed = await self._spool.seal(choice.window_id, partial(self._note_sealed, choice, choice.window_id))
+            if not isinstance(sealed, Quarantined):
+                return sealed
+            self._schedule.release(choice.session_id)
+            return None
+        except SpoolDamaged:
+            raise
         except SpoolUnavailable:
             self._not_before = max(self._not_before, self._clocks.monotonic() + _DISK_RETRY_SECONDS)
             if choice.batch_id is not None:
@@ -325,26 +338,27 @@ class Lane:
                 self._schedule.release(choice.session_id)
             return None
 
-    def _note_sealed(self, choice: Choice, window_id: int, load: Load | None) -> None:
+    def _note_sealed(self, choice: Choice, window_id: int, load: Load | Quarantined | None) -> None:
         """Bring the schedule to where the spool is; called between what was accepted before the cut and after it."""
         if load is None:
             self._schedule.withhold(choice.session_id, window_id)
             return
-        batch = load.batch
+        gone = load.batch if isinstance(load, Load) else load
         left_at = None if load.next_oldest_at is None else self._clocks.from_wall(load.next_oldest_at)
         self._schedule.seal(
-            batch.window_id,
-            events=batch.event_count,
-            events_bytes=batch.events_bytes,
-            finals=batch.finals,
+            window_id,
+            events=gone.event_count,
+            events_bytes=gone.events_bytes,
+            finals=gone.finals,
             next_oldest_at=left_at,
             next_is_closed=load.next_is_closed,
         )
-        self._counts.note_sealed(
-            choice.reason,
-            waited_seconds=self._clocks.wall() - batch.oldest_at,
-            fullness=self._limits.fullness(batch.event_count, batch.events_bytes),
-        )
+        if isinstance(load, Load):
+            self._counts.note_sealed(
+                choice.reason,
+                waited_seconds=self._clocks.wall() - load.batch.oldest_at,
+                fullness=self._limits.fullness(load.batch.event_count, load.batch.events_bytes),
+            )
 
     async def _attempt(self, load: Load) -> None:
         headers = (
@@ -375,7 +389,7 @@ class Lane:
             delivered_at = self._clocks.wall()
             await self._record(lambda: self._spool.settle(load.batch.batch_id))
             self._counts.note_delivered(load.batch, delivered_at)
-            self._go_on(load.batch)
+            self._go_on(load.batch.session_id, load.batch.batch_id)
         else:
             self._retry(load.batch, verdict, reply, problem, was_held=was_held)
 
@@ -397,17 +411,17 @@ class Lane:
             self._counts.batches_dead_lettered += 1
             self._log.error("upstream refuses events, they are dead letters", events=batch.event_count, reply=problem)
         self._parts.setdefault(batch.session_id, deque()).extendleft(reversed(refused.parts))
-        self._go_on(batch)
+        self._go_on(batch.session_id, batch.batch_id)
 
-    def _go_on(self, batch: SealedBatch) -> None:
+    def _go_on(self, session_id: int, batch_id: int) -> None:
         """Let the session of a settled batch go on: with the next part of a refused one, if there is any."""
-        self._failures.pop(batch.batch_id, None)
-        parts = self._parts.get(batch.session_id)
+        self._failures.pop(batch_id, None)
+        parts = self._parts.get(session_id)
         if parts:
-            self._schedule.queue_part(batch.session_id, parts.popleft())
+            self._schedule.queue_part(session_id, parts.popleft())
         else:
-            self._parts.pop(batch.session_id, None)
-            self._schedule.release(batch.session_id)
+            self._parts.pop(session_id, None)
+            self._schedule.release(session_id)
 
     def _retry(
         self, batch: SealedBatch, verdict: Verdict, reply: Reply | None, problem: str, *, was_held: bool
@@ -461,5 +475,7 @@ class Lane:
         while True:
             try:
                 return await step()
+            except SpoolDamaged:
+                raise
             except SpoolUnavailable:
                 await trio.sleep(_DISK_RETRY_SECONDS)

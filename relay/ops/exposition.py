@@ -21,7 +21,8 @@ class _Collector:
 
     def collect(self) -> Iterator[Family]:
         for metric in METRICS:
-            yield _family(metric, self._sources[metric.source])
+            if metric.source in self._sources:  # all but the account, where a damaged disk does not give it
+                yield _family(metric, self._sources[metric.source])
 
 
 def _family(metric: Metric, statistics: Any) -> Family:

@@ -21,7 +21,7 @@ from relay.config import Config
 from relay.errors import SpoolLocked
 from relay.ops.inquiry import Unreachable, order
 from relay.protocol.codings import zstd_compress
-from relay.spool.dead_letters import read_batch, read_letter, read_letters
+from relay.spool.dead_letters import read_content, read_letter, read_letters
 from relay.spool.values import DeadLetter
 from relay.spool.visit import move_dead_letters, reading
 
@@ -110,15 +110,17 @@ def _printable(text: str) -> str:
 def show_letter(config: Config, letter_id: int) -> Iterator[str] | Failure:
     """Return a dead letter's record, as `export_letters` writes it."""
     with reading(config.spool.directory) as reader:
-        letter, batch = read_letter(reader, letter_id), read_batch(reader, letter_id)
-    if letter is None or batch is None:
+        letter = read_letter(reader, letter_id)
+        content = None if letter is None else read_content(reader, letter)
+    if letter is None or content is None:
         return Failure(f"there is no dead letter {letter_id}")
-    return iter([_record(letter, batch).decode("utf-8", "replace")])
+    return iter([_record(letter, content).decode("utf-8", "replace")])
 
 
-def _record(letter: DeadLetter, batch: bytes) -> bytes:
+def _record(letter: DeadLetter, content: bytes) -> bytes:
     """Return what there is to say of a dead letter and, byte for byte, its batch as one JSON object."""
-    return msgspec.json.encode(letter)[:-1] + b',"batch":' + batch + b"}"
+    name = b"deflated" if letter.is_damaged else b"batch"
+    return b'%b,"%b":%b}' % (msgspec.json.encode(letter)[:-1], name, content)
 
 
 def export_letters(config: Config, name: str) -> Iterator[str] | Failure:
@@ -146,10 +148,10 @@ def _export(config: Config, target: IO[bytes]) -> int:
     lines = bytearray()
     with reading(config.spool.directory) as reader:
         for letter in read_letters(reader):
-            batch = read_batch(reader, letter.id)
-            if batch is None:  # it has gone meanwhile
+            content = read_content(reader, letter)
+            if content is None:  # it has gone meanwhile
                 continue
-            lines += _record(letter, batch).replace(b"\n", b" ") + b"\n"  # between tokens: JSON's strings have none
+            lines += _record(letter, content).replace(b"\n", b" ") + b"\n"  # between tokens: JSON's strings have none
             count += 1
             if len(lines) >= _FRAME_BYTES:
                 target.write(zstd_compress(bytes(lines)))
@@ -171,5 +173,5 @@ def move_letters(config: Config, action: str, ids: list[int] | None) -> Iterator
             return Failure(f"the relay refuses: {outcome.value.get('error', outcome.status)}")
         letters, events = outcome.value["letters"], outcome.value["events"]
     if ids is not None and letters < len(set(ids)):
-        return Failure(f"{letters} of {len(set(ids))} moved: the others are no dead letters, or no longer")
+        return Failure(f"{letters} of {len(set(ids))} moved: the others are no dead letters, no longer, or damaged")
     return iter([f"{letters} dead letters, {events} events {'to be sent again' if action == 'resend' else 'purged'}"])

@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from relay.protocol.cut import body_prefix, body_suffix
 from relay.protocol.fingerprint import fingerprint
 from relay.protocol.replay import Envelope
 from relay.spool.segments import Segments
-from relay.spool.values import DeadLetter, Moved, PendingWindow
+from relay.spool.values import DAMAGED, DeadLetter, Moved, PendingWindow
 
 LETTERS_A_STEP = 500
 """Dead letters moved by one commit, at some 20 µs each."""
@@ -66,20 +67,33 @@ class DeadLetters:
             answer: The beginning of what upstream said.
             now: Wall clock.
         """
-        place = (window_id, address)
-        size = _ROW_BYTES + len(answer.encode())
-        size += self._one(
-            "SELECT length(deflated) + length(head) + length(tail) FROM segment JOIN body ON body.id = body_id"
-            " JOIN envelope ON envelope.id = envelope_id WHERE segment.window_id = ? AND address = ?",
-            place,
-        )
+        self._bury((window_id, address), "body_id", self._held_bytes((window_id, address)), status, answer, now)
+
+    def bury_damaged(self, window_id: int, address: int, reason: str, now: float, *, has_bytes: bool) -> None:
+        """Make a dead letter of a segment that is damaged; without a body where the disk gives no bytes."""
+        size = self._held_bytes((window_id, address)) if has_bytes else 0
+        body = "body_id" if has_bytes else "0"
+        self._bury((window_id, address), body, size, DAMAGED, f"damaged on the disk: {reason}", now)
+
+    def _bury(self, place: tuple[int, int], body: str, size: int, status: int, answer: str, now: float) -> None:
+        size += _ROW_BYTES + len(answer.encode())
         self._bytes = self._used_bytes() + size
         self._db.execute(
-            f"INSERT INTO dead_letter SELECT NULL, {_WITHOUT_BATCH}, body_id, ?, ?, ?, ?"  # noqa: S608 - our columns
+            f"INSERT INTO dead_letter SELECT NULL, {_WITHOUT_BATCH}, {body}, ?, ?, ?, ?"  # noqa: S608 - our columns
             " FROM segment WHERE window_id = ? AND address = ?",
             (size, status, answer, now, *place),
         )
         self._db.execute("DELETE FROM segment WHERE window_id = ? AND address = ?", place)
+
+    def _held_bytes(self, place: tuple[int, int]) -> int:
+        """Return what a segment's body and envelope take; where they are missing, nothing."""
+        size: int = self._one(
+            "SELECT coalesce(length(deflated), 0) + coalesce(length(head) + length(tail), 0) FROM segment"
+            " LEFT JOIN body ON body.id = body_id LEFT JOIN envelope ON envelope.id = envelope_id"
+            " WHERE segment.window_id = ? AND address = ?",
+            place,
+        )
+        return size
 
     def _used_bytes(self) -> int:
         if self._bytes is None:
@@ -93,7 +107,7 @@ class DeadLetters:
             events += self._drop(self._one("SELECT min(id) FROM dead_letter"))
             letters += 1
         if events:
-            self._count("shed", events)
+            self._count("shed_dead_letters", events)
         return Moved(letters, events)
 
     def purge(self, ids: Sequence[int]) -> Moved:
@@ -112,7 +126,8 @@ class DeadLetters:
         if row is None:
             return 0
         window_id, envelope_id, body_id, events, size = row
-        self._db.execute("DELETE FROM body WHERE id = ?", (body_id,))
+        if body_id:
+            self._db.execute("DELETE FROM body WHERE id = ?", (body_id,))
         self._segments.drop_envelope(window_id, envelope_id)
         self._bytes = None if self._bytes is None else self._bytes - size
         return int(events)
@@ -122,12 +137,12 @@ class DeadLetters:
         return letter_ids(self._db)
 
     def resend(self, ids: Sequence[int]) -> Moved:
-        """Make dead letters pending again (rule 2); those that are none any more are passed over."""
+        """Make dead letters pending again (rule 2); those that are none any more, or are damaged, are passed over."""
         windows: dict[int, list[tuple[Any, ...]]] = {}
         for letter_id in ids:
             row = self._db.execute(
-                f"DELETE FROM dead_letter WHERE id = ? RETURNING {_WITHOUT_BATCH}, body_id, bytes",  # noqa: S608
-                (letter_id,),
+                f"DELETE FROM dead_letter WHERE id = ? AND status != ? RETURNING {_WITHOUT_BATCH}, body_id, bytes",  # noqa: S608
+                (letter_id, DAMAGED),
             ).fetchone()
             if row is None:
                 continue
@@ -177,16 +192,23 @@ def read_letter(reader: apsw.Connection, letter_id: int) -> DeadLetter | None:
     return DeadLetter(number, fingerprint(secret), session, window, address, bool(is_final), *rest)
 
 
-def read_batch(reader: apsw.Connection, letter_id: int) -> bytes | None:
-    """Return a dead letter as the upstream batch that was refused, in JSON; None where there is none of that id."""
+def read_content(reader: apsw.Connection, letter: DeadLetter) -> bytes | None:
+    """Return what a dead letter holds, as JSON; None where it has gone.
+
+    It is the upstream batch that was refused; of a damaged one a text, which is what the disk gives of its deflated
+    events, in base64.
+    """
     row = reader.execute(
         "SELECT head, tail, last_activity, address, is_final, events_bytes, deflated FROM dead_letter"
-        " JOIN envelope ON envelope.id = envelope_id JOIN body ON body.id = body_id WHERE dead_letter.id = ?",
-        (letter_id,),
+        " LEFT JOIN envelope ON envelope.id = envelope_id LEFT JOIN body ON body.id = body_id"
+        " WHERE dead_letter.id = ?",
+        (letter.id,),
     ).fetchone()
     if row is None:
         return None
     head, tail, last_activity, address, is_final, events_bytes, deflated = row
+    if letter.is_damaged:
+        return b'"%b"' % b64encode(deflated if isinstance(deflated, bytes) else b"")
     run = inflate_segment(deflated, events_bytes)
     return body_prefix(Envelope(head, tail), last_activity, address) + run + body_suffix(is_final=bool(is_final))
 

@@ -30,6 +30,7 @@ from relay.protocol.cut import address
 from relay.protocol.node_json import split_events
 from relay.protocol.reuse import Earlier
 from relay.protocol.schema import MAX_BATCH_EVENTS, MAX_SEQUENCE
+from relay.spool.segments import is_intact
 from relay.spool.values import NewBatch, PendingWindow
 
 _MAX_EARLIER = 16
@@ -202,15 +203,14 @@ def read_events(reader: apsw.Connection, earlier: Earlier) -> Iterator[bytes]:
     end = start + earlier.event_count - earlier.known_events
     while start < end:
         row = reader.execute(
-            "SELECT events, events_bytes, deflated FROM segment JOIN body ON body.id = body_id"
+            "SELECT events, events_bytes, body.crc, deflated FROM segment JOIN body ON body.id = body_id"
             " WHERE window_id = ? AND address = ?",
             (earlier.window_id, start),
         ).fetchone()
         if row is None:
             return
-        events, events_bytes, deflated = row
-        try:
-            yield from split_events(inflate_segment(deflated, events_bytes))
-        except ValueError:  # damaged, so there is nothing to compare with; whoever sends it says so
+        events, events_bytes, crc, deflated = row
+        if not is_intact(deflated, crc):  # so there is nothing to compare with; whoever sends it says so
             return
+        yield from split_events(inflate_segment(deflated, events_bytes))
         start += events

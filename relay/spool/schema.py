@@ -4,6 +4,7 @@ On disk, in the spool directory (0700):
 
     spool.sqlite3   the database (0600), beside it SQLite's -wal and -shm
     lock            held by the relay that owns the directory
+    reserve         room kept for draining (`reserve.py`)
 
 Rules:
 1. A segment's description and its bytes are two rows: descriptions are small and lie in the order of their window, so
@@ -19,12 +20,15 @@ Rules:
 6. `attempt` remembers the sends of the last minute, so that a restart spends no budget twice.
 7. `session.refusals` counts the batches of the session that upstream called invalid since it last took one.
 8. A dead letter's row is its segment's, moved; its body and envelope stay where they are.
+9. `segment.crc` is of the events, for the upstream body; `body.crc` is of the bytes as they lie on the disk, and held
+   against them whenever they are read.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -73,7 +77,7 @@ CREATE TABLE segment (
     crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL, is_final INTEGER NOT NULL,
     accepted_at REAL NOT NULL, batch_id INTEGER, body_id INTEGER NOT NULL,
     PRIMARY KEY (window_id, address)) WITHOUT ROWID;
-CREATE TABLE body (id INTEGER PRIMARY KEY, deflated BLOB NOT NULL);
+CREATE TABLE body (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, deflated BLOB NOT NULL);
 CREATE TABLE batch (
     id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, window_id INTEGER NOT NULL,
     address INTEGER NOT NULL, last_address INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL,
@@ -89,8 +93,11 @@ CREATE TABLE attempt (key_id INTEGER NOT NULL, at REAL NOT NULL);
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
-COUNTERS = ("accepted", "delivered", "purged", "shed")
+COUNTERS = ("accepted", "delivered", "purged", "shed_dead_letters", "shed_sessions")
 """The events of law 2, but for those that are on the disk: spooled or dead letters."""
+
+_LOG_PAGES = 1_000
+"""Of the log, at which it is carried over into the database: SQLite's own default, 16 MiB. Fewer cost throughput."""
 
 
 def lock_directory(directory: Path) -> int:
@@ -121,8 +128,9 @@ def lock_directory(directory: Path) -> int:
             f"spool directory {directory} is in use by another relay (process {owner or 'unknown'}): "
             "stop it, or give this one another spool.directory"
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    with suppress(OSError):  # whose it is, for people: a full disk has no room for that, and must not matter here
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     return descriptor
 
 
@@ -135,13 +143,16 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | None = None) -> apsw.Connection:
+def open_database(
+    path: Path, durability: Literal["fsync", "os"], vfs: str | None = None, reserve_bytes: int = 0
+) -> apsw.Connection:
     """Open the database for writing, making its tables where it is new.
 
     Args:
         path: The database file; made with mode 0600.
         durability: `fsync` syncs every commit; `os` leaves commits to the operating system's cache.
         vfs: Name of a SQLite VFS, for tests that simulate failing disks.
+        reserve_bytes: Half of this the log may take before it is carried over (`reserve.py`, 3); 0: what SQLite thinks.
 
     Durability: A database that is made here is there after a power cut; its log, too, once something is committed.
 
@@ -162,6 +173,8 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
             connection.execute(f"PRAGMA {pragma} = {durability == 'fsync'}")
         connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT_BYTES}")
+        log_pages = min(_LOG_PAGES, reserve_bytes // 2 // _PAGE_BYTES) or _LOG_PAGES
+        connection.execute(f"PRAGMA wal_autocheckpoint = {log_pages}")
         if is_new:
             _create_tables(connection)
             _sync_directory(path.parent)
@@ -169,7 +182,13 @@ def open_database(path: Path, durability: Literal["fsync", "os"], vfs: str | Non
         raise SpoolUnavailable(f"spool database {path} cannot be opened: {error.strerror}") from error
     except apsw.NotADBError as error:
         raise SpoolSchemaMismatch(
-            f"{path} is not a spool database: move it away, or give the relay another spool.directory"
+            f"{path} is not a spool database: if it was one, `lucent-relay spool salvage` saves what can be read; if "
+            "not, move it away, or give the relay another spool.directory"
+        ) from error
+    except apsw.CorruptError as error:
+        raise SpoolUnavailable(
+            f"spool database {path} is damaged, it cannot be opened ({error}): `lucent-relay spool salvage` saves what "
+            "can be read"
         ) from error
     except apsw.Error as error:
         raise SpoolUnavailable(f"spool database {path} cannot be opened: {error}") from error
@@ -219,6 +238,7 @@ def open_reader(path: Path, vfs: str | None = None) -> apsw.Connection:
     """Open a second connection that only reads, beside the writer's."""
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
     connection.set_busy_timeout(1_000)
+    connection.pragma("user_version")  # opens the log by its name now, while that leads to the same database
     return connection
 
 
@@ -230,3 +250,12 @@ def free_bytes(connection: apsw.Connection) -> int:
     status = os.statvfs(directory)
     reusable: int = connection.pragma("freelist_count") * connection.pragma("page_size")
     return status.f_bavail * status.f_frsize + reusable
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Return device and inode of a file; None where there is none, or the disk cannot say."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

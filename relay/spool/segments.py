@@ -66,6 +66,11 @@ def make_new_batch(
     )
 
 
+def is_intact(deflated: Any, crc: Any) -> bool:
+    """Return whether a body is what was stored."""
+    return isinstance(deflated, bytes) and crc32(deflated) == crc
+
+
 class Segments:
     """Segments, bodies and envelopes of one spool database.
 
@@ -91,8 +96,14 @@ class Segments:
     # -- envelopes
 
     def envelope(self, envelope_id: int) -> Envelope:
-        """Return an envelope."""
-        (row,) = self._db.execute("SELECT head, tail FROM envelope WHERE id = ?", (envelope_id,))
+        """Return an envelope.
+
+        Raises:
+            LookupError: The disk does not have it.
+        """
+        row = self._db.execute("SELECT head, tail FROM envelope WHERE id = ?", (envelope_id,)).fetchone()
+        if row is None:
+            raise LookupError(f"envelope {envelope_id} is missing")
         return Envelope(*row)
 
     def keep_envelope(self, window_id: int, digest: bytes, envelope: Envelope) -> int:
@@ -127,7 +138,7 @@ class Segments:
         """Store a segment's bytes and return their row."""
         body_id: int = self._next_body or self._one("SELECT coalesce(max(id), 0) + 1 FROM body")
         self._next_body = body_id + 1
-        self._db.execute("INSERT INTO body VALUES (?, ?)", (body_id, deflated))
+        self._db.execute("INSERT INTO body VALUES (?, ?, ?)", (body_id, crc32(deflated), deflated))
         return body_id
 
     def add(self, *columns: Any) -> None:
@@ -135,10 +146,15 @@ class Segments:
         self._db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns)
 
     def events(self, body_id: int, events_bytes: int) -> Sequence[bytes]:
-        """Return the events of a segment."""
-        return split_events(
-            inflate_segment(self._one("SELECT deflated FROM body WHERE id = ?", (body_id,)), events_bytes)
-        )
+        """Return the events of a segment.
+
+        Raises:
+            LookupError: The disk does not have them as they were stored.
+        """
+        row = self._db.execute("SELECT deflated, crc FROM body WHERE id = ?", (body_id,)).fetchone()
+        if row is None or not is_intact(*row):
+            raise LookupError(f"body {body_id} is missing, or not as it was stored")
+        return split_events(inflate_segment(row[0], events_bytes))
 
     def divide(self, window_id: int, address: int, events: Sequence[bytes], taken: int) -> None:
         """Make two segments of one.

@@ -22,19 +22,23 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import apsw
-import msgspec
 import outcome
 import structlog
 import trio
 
 from relay.config import Spool as SpoolSettings
-from relay.errors import SpoolUnavailable
+from relay.errors import SpoolDamaged, SpoolUnavailable
 from relay.protocol.cut import Limits
 from relay.protocol.reuse import Stored
 from relay.spool import schema
+from relay.spool.account import read_account
+from relay.spool.capacity import Capacity, open_database
 from relay.spool.dead_letters import LETTERS_A_STEP, letter_ids
 from relay.spool.marks import read_events
-from relay.spool.store import Step, Store
+from relay.spool.quarantine import Unreadable
+from relay.spool.reserve import Reserve
+from relay.spool.store import Store
+from relay.spool.transactions import DAMAGE, Step
 from relay.spool.values import (
     Account,
     Appended,
@@ -42,10 +46,12 @@ from relay.spool.values import (
     Moved,
     NewBatch,
     PendingWindow,
+    Quarantined,
     Recent,
     Recut,
     Refused,
     SealedBatch,
+    SpoolStatistics,
 )
 
 T = TypeVar("T")
@@ -58,12 +64,6 @@ _MAX_GROUP_STEPS = 256
 
 _MAX_GROUP_BYTES = 8_388_608
 """Segment bytes of one commit, so that a few huge batches do not make small ones wait for all of them."""
-
-_BUSY_STEPS = 16
-"""Groups larger than this come one after the other."""
-
-_MEASURE_COMMITS = 8
-"""Of such groups every eighth measures the disk, which costs as much as two batches. Eight hold 64 MiB at most."""
 
 _PRUNE_SECONDS = 1.0
 """Interval of housekeeping; 500 marks a second keep up with what a day's worth of full load leaves."""
@@ -94,30 +94,6 @@ async def run_in_thread(call: Callable[[], Any]) -> Any:
     return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
 
-class SpoolStatistics(msgspec.Struct, frozen=True):
-    """Counters since the start, and the state of the disk at the last commit."""
-
-    commits: int
-    """Groups committed."""
-    steps: int
-    """Steps in them."""
-    failed_commits: int
-    """Groups that the disk refused."""
-    used_bytes: int
-    """Pages in use."""
-    free_bytes: int
-    """Left on the file system."""
-    marks_forgotten: int
-    """Client batches no longer recognised, by age or number."""
-    refusal: str
-    """Why new batches are refused now; empty while they are not."""
-
-    @property
-    def is_refusing(self) -> bool:
-        """Whether new batches are refused."""
-        return bool(self.refusal)
-
-
 class _Group:
     """Steps that share a commit."""
 
@@ -138,7 +114,13 @@ class Spool:
     """
 
     def __init__(
-        self, store: Store, reader: apsw.Connection, settings: SpoolSettings, run: Run, now: Callable[[], float]
+        self,
+        store: Store,
+        reader: apsw.Connection,
+        settings: SpoolSettings,
+        run: Run,
+        now: Callable[[], float],
+        reserve: Reserve,
     ) -> None:
         self._store = store
         self._reader = reader
@@ -151,10 +133,12 @@ class Spool:
         self._reading = trio.Lock()
         self._writing = trio.Lock()
         self._closing = False
-        self._used_bytes = store.used_bytes()
-        self._free_bytes = store.free_bytes()
-        self._failure = ""
+        self._capacity = Capacity(store, settings, reserve)
+        self._damage = ""
+        self._segments_quarantined = 0
         self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
+        self.append_damage = ""
+        """What kept the last batch from being stored where that was damage; no reason to refuse others."""
         self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
         """Called for every stored batch, in order of commit."""
         self.on_pending: Callable[[Sequence[PendingWindow]], None] = lambda _windows: None
@@ -165,14 +149,7 @@ class Spool:
     @property
     def refusal(self) -> str:
         """Why new batches are refused now, for people; empty while they are accepted."""
-        if self._failure:
-            return self._failure
-        if self._used_bytes >= self._settings.max_bytes:
-            return f"spool is full: {self._used_bytes} of {self._settings.max_bytes} bytes (spool.max_bytes)"
-        if self._free_bytes < self._settings.min_free_bytes:
-            floor = self._settings.min_free_bytes
-            return f"disk is low: {self._free_bytes} bytes free, under {floor} (spool.min_free_bytes)"
-        return ""
+        return self._capacity.refusal
 
     async def append(self, batch: NewBatch) -> Appended:
         """Store a client batch.
@@ -184,18 +161,33 @@ class Spool:
         Durability: on return with `stored` or `repeated`, the batch is on disk as `spool.durability` says.
 
         Raises:
-            SpoolUnavailable: The disk refused it, nothing is stored; the client may come again.
+            SpoolDamaged: It would go where the database is damaged; others may still be stored.
+            SpoolUnavailable: The disk refused it, or has no room. Nothing is stored, or at least not for long, where
+                the directory was removed meanwhile; the client may come again.
 
         Cancellation: the batch may be stored all the same.
         """
-        appended: Appended = await self._submit(
-            lambda: self._store.append(batch),
-            sum(len(segment.deflated) for segment in batch.segments),
-            partial(self._announce_appended, batch),
-        )
+        try:
+            appended: Appended | None = await self._submit(
+                partial(self._append, batch),
+                sum(len(segment.deflated) for segment in batch.segments),
+                partial(self._announce_appended, batch),
+            )
+        except SpoolDamaged as error:
+            self.append_damage = str(error)
+            raise
+        self.append_damage = ""
+        if appended is None or self._capacity.disk.is_gone:
+            raise SpoolUnavailable(self.refusal)
         return appended
 
-    def _announce_appended(self, batch: NewBatch, appended: Appended) -> None:
+    def _append(self, batch: NewBatch) -> Appended | None:
+        """Store a batch; None where there is room only for draining (runs in the writer's thread)."""
+        return self._store.append(batch) if self._capacity.has_reserve else None
+
+    def _announce_appended(self, batch: NewBatch, appended: Appended | None) -> None:
+        if appended is None:
+            return
         if appended.outcome == "stored":
             self.on_appended(appended, batch)
         elif isinstance(appended.final, PendingWindow):
@@ -210,32 +202,63 @@ class Spool:
 
     # -- what goes out
 
-    async def seal(self, window_id: int, announce: Callable[[Load | None], None]) -> Load | None:
+    async def seal(
+        self, window_id: int, announce: Callable[[Load | Quarantined | None], None]
+    ) -> Load | Quarantined | None:
         """Cut the window's next upstream batch durably and return it; None where nothing may be sent now.
 
-        `announce` hears the same in order of commit (rule 3).
+        Where damage was met, that was set aside and there may be more to seal. `announce` hears the same in order of
+        commit (rule 3).
         """
-        return await self._step(lambda: self._store.seal(window_id, self._now()), announce)
+        try:
+            return await self._step(lambda: self._store.seal(window_id, self._now()), announce)
+        except Unreadable as found:
+            return await self._set_aside(found, announce)
 
-    async def load(self, batch_id: int) -> Load:
-        """Return a sealed batch for another attempt."""
-        return await self._step(lambda: self._store.load(batch_id, self._now()))
+    async def load(self, batch_id: int) -> Load | None:
+        """Return a sealed batch for another attempt, without what of it is damaged; None where all of it is."""
+        while True:
+            try:
+                return await self._step(lambda: self._store.load(batch_id, self._now()))
+            except Unreadable as found:
+                if not (await self._set_aside(found)).has_batch:
+                    return None
+
+    async def _set_aside(self, found: Unreadable, announce: Callable[[Quarantined], None] | None = None) -> Quarantined:
+        """Make dead letters of damaged segments, and say so."""
+        quarantined = await self._step(lambda: self._store.quarantine.take(found, self._now()), announce)
+        self._segments_quarantined += quarantined.segments
+        log.error(
+            "damaged segments set aside",
+            segments=quarantined.segments,
+            events=quarantined.event_count,
+            reason=found.reason,
+        )
+        max_bytes = self._settings.dead_letter_max_bytes
+        self._tell_shed(await self._step(lambda: self._store.dead_letters.shed(max_bytes)))
+        return quarantined
 
     async def settle(self, batch_id: int) -> None:
         """Record that upstream has a batch, and free its space."""
-        await self._step(lambda: self._store.settle(batch_id))
+        try:
+            await self._step(lambda: self._store.settle(batch_id))
+        except SpoolDamaged:
+            await self._step(lambda: self._store.settle(batch_id, keeps_bodies=True))
 
     async def refuse(self, batch_id: int, cut: Recut, status: int, answer: str) -> Refused:
         """Cut a batch that upstream refuses into smaller ones, or make a dead letter of it: `Store.refuse`."""
         max_bytes = self._settings.dead_letter_max_bytes
         refused = await self._step(lambda: self._store.refuse(batch_id, cut, status, answer, self._now(), max_bytes))
-        if refused.shed.letters:
+        self._tell_shed(refused.shed)
+        return refused
+
+    def _tell_shed(self, shed: Moved) -> None:
+        if shed.letters:
             log.error(
                 "dead letters dropped, there is no room for them",
-                events=refused.shed.events,
-                max_bytes=max_bytes,
+                events=shed.events,
+                max_bytes=self._settings.dead_letter_max_bytes,
             )
-        return refused
 
     async def resend_dead_letters(self, ids: Sequence[int] | None) -> Moved:
         """Make dead letters pending again, all of them without `ids`."""
@@ -264,12 +287,12 @@ class Spool:
         return await self._step(lambda: self._store.key(key_id))
 
     async def read_pending(self, after: int, max_windows: int, announce: Callable[[list[PendingWindow]], None]) -> None:
-        """Tell `announce`, in order of commit (rule 3), windows with unsealed segments, as `Store.pending_windows`."""
-        await self._step(lambda: self._store.pending_windows(after, max_windows), announce)
+        """Tell `announce`, in order of commit (rule 3), windows with unsealed segments, as `Leftovers` has them."""
+        await self._step(lambda: self._store.leftovers.pending_windows(after, max_windows), announce)
 
     async def sealed_batches(self) -> list[SealedBatch]:
         """Return what was sealed and not settled."""
-        return await self._step(self._store.sealed_batches)
+        return await self._step(self._store.leftovers.sealed_batches)
 
     async def recent_attempts(self) -> list[Recent]:
         """Return the sends that still count against a budget."""
@@ -279,46 +302,25 @@ class Spool:
 
     async def account(self) -> Account:
         """Return the conservation account of one instant, read from the disk."""
-        return await self._read(self._read_account)
+        return await self._read(lambda: read_account(self._reader, self._now()))
 
     async def _read(self, call: Callable[[], T]) -> T:
         async with self._reading:
-            result: T = await self._run(partial(self._try, call))
+            try:
+                result: T = await self._run(partial(self._try, call))
+            except SpoolDamaged as error:
+                self._note_damage(error)
+                raise
         return result
 
     @staticmethod
     def _try(call: Callable[[], T]) -> T:
         try:
             return call()
+        except DAMAGE as error:
+            raise SpoolDamaged(f"the spool is damaged: {error}") from error
         except apsw.Error as error:
             raise SpoolUnavailable(f"the disk refused a read: {error}") from error
-
-    def _read_account(self) -> Account:
-        def rows_of(sql: str) -> list[tuple[Any, ...]]:
-            return self._reader.execute(sql).fetchall()
-
-        with self._reader:  # one transaction, so one instant
-            counters = dict(rows_of("SELECT name, value FROM counter"))
-            [(spooled, segments, oldest_at)] = rows_of(
-                "SELECT coalesce(sum(events), 0), count(*), min(accepted_at) FROM segment"
-            )
-            [(sealed,)] = rows_of("SELECT coalesce(sum(events), 0) FROM batch")
-            [(dead, letters, letter_bytes)] = rows_of(
-                "SELECT coalesce(sum(events), 0), count(*), coalesce(sum(bytes), 0) FROM dead_letter"
-            )
-        gone = counters["delivered"] + counters["purged"] + counters["shed"]
-        return Account(
-            **counters,
-            dead_lettered=dead,
-            pending=spooled - sealed,
-            sealed=sealed,
-            segments=segments,
-            dead_letters=letters,
-            dead_letter_bytes=letter_bytes,
-            lag_seconds=0.0 if oldest_at is None else max(0.0, self._now() - oldest_at),
-            spooled=spooled,
-            is_balanced=counters["accepted"] == gone + dead + spooled,
-        )
 
     def statistics(self) -> SpoolStatistics:
         """Return counters and the state of the disk."""
@@ -326,9 +328,11 @@ class Spool:
             commits=self._commits,
             steps=self._steps,
             failed_commits=self._failed_commits,
-            used_bytes=self._used_bytes,
-            free_bytes=self._free_bytes,
+            used_bytes=self._capacity.disk.used_bytes,
+            free_bytes=self._capacity.disk.free_bytes,
             marks_forgotten=self._marks_forgotten,
+            segments_quarantined=self._segments_quarantined,
+            damage=self._damage,
             refusal=self.refusal,
         )
 
@@ -371,40 +375,36 @@ class Spool:
                 self._work = trio.Event()
                 group.taken.set()
             try:
-                group.results, self._used_bytes, self._free_bytes = await self._run(partial(self._commit, group.steps))
+                group.results, disk = await self._run(partial(self._capacity.commit, group.steps))
             except SpoolUnavailable as error:
                 group.results = [error] * len(group.steps)
                 self._failed_commits += 1
-                if not self._failure:
-                    log.error("spool refuses batches", reason=str(error))  # noqa: TRY400 - the cause is in the text
-                self._failure = str(error)
+                self._capacity.note_failure(str(error))
             else:
                 self._commits += 1
                 self._steps += len(group.steps)
-                if self._failure:
-                    log.warning("spool accepts batches again")
-                self._failure = ""
+                self._capacity.note_commit(disk)
             self._groups.popleft()
+            for result in group.results:
+                if isinstance(result, SpoolDamaged):
+                    self._note_damage(result)
             for announce, result in zip(group.announce, group.results, strict=True):
                 if announce is not None and not isinstance(result, Exception):
                     announce(result)
             group.committed.set()
 
-    def _commit(self, steps: list[Step]) -> tuple[list[Any], int, int]:
-        results = self._store.transact(steps)
-        if len(steps) > _BUSY_STEPS and self._commits % _MEASURE_COMMITS:
-            return results, self._used_bytes, self._free_bytes
-        try:
-            return results, self._store.used_bytes(), self._store.free_bytes()
-        except (apsw.Error, OSError):  # a disk that cannot say takes nothing more, but it has taken this
-            return results, self._used_bytes, 0
+    def _note_damage(self, error: SpoolDamaged) -> None:
+        """Say it once; what comes of it is said where the step was asked for."""
+        if not self._damage:
+            log.error("spool is damaged: run lucent-relay spool verify", problem=str(error))
+        self._damage = str(error)
 
     async def keep_house(self) -> None:
         """Forget old marks and attempts, and notice when a disk works again, until cancelled."""
         while True:
             await trio.sleep(_PRUNE_SECONDS)
             try:
-                if self._failure:
+                if self._capacity.failure:
                     await self._step(self._store.try_disk)
                 self._marks_forgotten += await self._step(partial(self._prune, self._now()))
             except SpoolUnavailable:
@@ -456,13 +456,14 @@ async def open_spool(
     lock = schema.lock_directory(directory)
     try:
         path = directory / schema.DATABASE_NAME
-        connection = schema.open_database(path, settings.durability, vfs)
+        reserve = Reserve(directory, settings.reserve_bytes)
+        connection = open_database(path, settings, vfs, reserve)
         store = Store(connection, limits, max_keys)
         try:
             reader = schema.open_reader(path, vfs)
             try:
                 async with trio.open_nursery() as nursery:
-                    spool = Spool(store, reader, settings, run or run_in_thread, now)
+                    spool = Spool(store, reader, settings, run or run_in_thread, now, reserve)
                     nursery.start_soon(spool.commit_groups)
                     nursery.start_soon(spool.keep_house)
                     try:

@@ -1,4 +1,4 @@
-"""The spool's transactions, as plain calls on one connection. Runs in the writer's thread, knows no trio.
+"""What the spool does with batches, as plain calls on one connection. Runs in the writer's thread, knows no trio.
 
 Every method is one step of a group that `transact` makes durable: it runs between BEGIN and COMMIT, and counts as
 done only when `transact` returns. None of them reads what a rolled-back step left in memory (`_reset`).
@@ -7,14 +7,12 @@ done only when `transact` returns. None of them reads what a rolled-back step le
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
 
 import apsw
 
-from relay.errors import SpoolUnavailable
 from relay.protocol.assemble import Piece, assemble
 from relay.protocol.cut import (
     Cut,
@@ -30,43 +28,31 @@ from relay.protocol.cut import (
 )
 from relay.protocol.replay import Envelope
 from relay.spool.dead_letters import DeadLetters
+from relay.spool.leftovers import Leftovers
 from relay.spool.marks import Marks
+from relay.spool.quarantine import Quarantine, Unreadable, read_pieces
 from relay.spool.retention import Retention
-from relay.spool.schema import free_bytes
 from relay.spool.segments import Segments
-from relay.spool.values import Appended, Load, NewBatch, PendingWindow, Recut, Refused, SealedBatch
+from relay.spool.transactions import Transactions
+from relay.spool.values import Appended, Load, NewBatch, Recut, Refused, SealedBatch
 
 _CACHE_ENTRIES = 5_000
 """Rows of windows remembered, about 500 bytes each; a miss costs a few index look-ups, 5 µs."""
 
-_VACUUM_FLOOR_PAGES = 2_048
-"""32 MiB of free pages are kept for the next burst before any is given back to the file system."""
-
-_VACUUM_STEP_PAGES = 256
-"""Pages given back with one commit: at most 4 MiB of copying, so no commit is held up for long."""
-
 _MAX_REFUSALS = 10
 """Refusals of a session in a row up to which a refused segment is halved. Ten lead from a merged batch of 500 events
 down to any one of them that is bad; and where everything is bad, they are all that is spent on finding that out."""
-
-_DISK_ERRORS = (
-    *(apsw.FullError, apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.NoMemError, apsw.CorruptError),
-    *(apsw.NotADBError, apsw.PermissionsError, apsw.ProtocolError, apsw.BusyError),
-)
-"""What is no step's fault and may pass, the last where an operator's tool has the database locked for a moment."""
 
 _SELECT = (
     "SELECT address, events, events_bytes, envelope_id, last_activity, is_final, body_id, accepted_at FROM segment"
 )
 """What a cut must know of a segment: the members of `Pending`, and two more."""
 
-Step = Callable[[], Any]
-
 _Rows: TypeAlias = tuple[int, int, int, str, int]
 """Rows of a key, a session and a window, the key, and the window's shift (`Marks`, rule 4)."""
 
 
-class Store:
+class Store(Transactions):
     """One spool database and what is remembered of it in memory.
 
     Args:
@@ -76,7 +62,7 @@ class Store:
     """
 
     def __init__(self, connection: apsw.Connection, limits: Limits, max_keys: int) -> None:
-        self._db = connection
+        super().__init__(connection)
         self._limits = limits
         self._max_keys = max_keys
         self._segments = Segments(connection)
@@ -85,6 +71,10 @@ class Store:
         """What is remembered of batches, and for how long."""
         self.dead_letters = DeadLetters(connection, self._segments, self._count)
         """What upstream refuses for good."""
+        self.quarantine = Quarantine(connection, self.dead_letters)
+        """Where damaged segments are set aside."""
+        self.leftovers = Leftovers(connection)
+        """What there is to send."""
         self._reset()
 
     def _reset(self) -> None:
@@ -92,88 +82,7 @@ class Store:
         self._windows: OrderedDict[tuple[str, str, str], _Rows] = OrderedDict()
         self._segments.reset()
         self.dead_letters.reset()
-        self._deltas: dict[str, int] = {}
-
-    def _all(self, sql: str, bindings: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        return self._db.execute(sql, bindings).fetchall()
-
-    def _row(self, sql: str, bindings: tuple[Any, ...]) -> tuple[Any, ...]:
-        row: tuple[Any, ...]
-        (row,) = self._db.execute(sql, bindings)
-        return row
-
-    def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
-        """Return the first column of the first row, None where there is no row."""
-        row = self._db.execute(sql, bindings).fetchone()
-        return None if row is None else row[0]
-
-    def close(self) -> None:
-        """Close the connection; SQLite checkpoints its log."""
-        self._db.close()
-
-    # -- one group, one commit
-
-    def transact(self, steps: Sequence[Step]) -> list[Any]:
-        """Run steps in one transaction.
-
-        Returns:
-            A result a step: what it returned, or the exception that it raised. Where a step raises, the group is
-            rolled back and each step run in a transaction of its own, so that one cannot spoil its neighbours; what
-            the disk refuses then is a result too, since other steps are on disk already.
-
-        Durability: on return, every step without an exception is on disk as `spool.durability` says.
-
-        Raises:
-            SpoolUnavailable: The disk refused; nothing of the group is stored.
-        """
-        try:
-            return self._commit(steps)
-        except _DISK_ERRORS as error:
-            self._undo()
-            raise SpoolUnavailable(f"the disk refused a write: {error}") from error
-        except Exception as error:  # noqa: BLE001 - whatever a step raises is that step's result
-            self._undo()
-            if len(steps) == 1:
-                return [error]
-        return [self._alone(step) for step in steps]
-
-    def _alone(self, step: Step) -> Any:
-        """Run one step of a group that was rolled back; returns its result or its exception."""
-        try:
-            return self.transact([step])[0]
-        except SpoolUnavailable as error:
-            return error
-
-    def _commit(self, steps: Sequence[Step]) -> list[Any]:
-        self._db.execute("BEGIN IMMEDIATE")
-        results = [step() for step in steps]
-        for name, delta in self._deltas.items():
-            self._db.execute("UPDATE counter SET value = value + ? WHERE name = ?", (delta, name))
-        free = self._db.pragma("freelist_count")
-        if free > _VACUUM_FLOOR_PAGES and free > self._db.pragma("page_count") // 4:
-            self._db.execute(f"PRAGMA incremental_vacuum({_VACUUM_STEP_PAGES})").fetchall()
-        self._db.execute("COMMIT")
-        self._deltas.clear()
-        return results
-
-    def _undo(self) -> None:
-        self._reset()
-        if self._db.in_transaction:
-            # A disk that refuses this too leaves the transaction to the next BEGIN, which fails and comes here again.
-            with suppress(apsw.Error):
-                self._db.execute("ROLLBACK")
-
-    def _count(self, name: str, events: int) -> None:
-        self._deltas[name] = self._deltas.get(name, 0) + events
-
-    def used_bytes(self) -> int:
-        """Return the bytes of pages in use; those of the file that wait for re-use are not counted."""
-        pages: int = self._db.pragma("page_count") - self._db.pragma("freelist_count")
-        return pages * int(self._db.pragma("page_size"))
-
-    def free_bytes(self) -> int:
-        """Return what the file system has left for us, pages waiting for re-use included."""
-        return free_bytes(self._db)
+        super()._reset()
 
     # -- accepting
 
@@ -261,6 +170,9 @@ class Store:
 
         Returns:
             None where nothing may be sent now: nothing is pending, or a final waits for the rest of its session.
+
+        Raises:
+            Unreadable: What would be sent is damaged: that has to be set aside first.
         """
         session_id, key_id = self._row(
             "SELECT session.id, key_id FROM window JOIN session ON session.id = session_id WHERE window.id = ?",
@@ -274,7 +186,7 @@ class Store:
             return None
         pending = [Pending(*row[:6]) for row in rows]
         for first in range(len(rows)):
-            envelope = self._segments.envelope(pending[first].envelope_id)
+            envelope = self._envelope(pending[first].envelope_id, window_id, pending)
             choice, is_final = self._choose(session_id, window_id, pending[first:], envelope)
             if choice.whole or choice.split_events:
                 break
@@ -288,10 +200,25 @@ class Store:
             if part is not None:
                 chosen.append(part)
         left = rows[:first] or rows[end:]
+        pieces = read_pieces(self._db, window_id, [row[0] for row in chosen], None)
         batch_id = self._add_batch(session_id, window_id, chosen, now, is_final=is_final)
         self._record_attempt(key_id, now)
         next_is_closed = any(row[3] != left[0][3] for row in left)
-        return self._load(batch_id, left[0][7] if left else None, next_is_closed=next_is_closed)
+        return self._load(batch_id, pieces, left[0][7] if left else None, next_is_closed=next_is_closed)
+
+    def _envelope(
+        self, envelope_id: int, window_id: int, segments: Sequence[Pending], batch_id: int | None = None
+    ) -> Envelope:
+        """Return the envelope of segments, some of a window's pending ones or all of a batch.
+
+        Raises:
+            Unreadable: It is missing, so they cannot be sent.
+        """
+        try:
+            return self._segments.envelope(envelope_id)
+        except LookupError as error:
+            orphans = [segment.address for segment in segments if segment.envelope_id == envelope_id or batch_id]
+            raise Unreadable(window_id, orphans, str(error), batch_id=batch_id) from error
 
     def _add_batch(
         self,
@@ -346,7 +273,10 @@ class Store:
     def _split(self, window_id: int, row: tuple[Any, ...], choice: Cut) -> tuple[Any, ...] | None:
         """Split a pending segment at an event boundary; returns its first part's row, None where no event fits."""
         start, count, events_bytes, *_ = row
-        events = self._segments.events(row[6], events_bytes)
+        try:
+            events = self._segments.events(row[6], events_bytes)
+        except (LookupError, apsw.CorruptError) as error:
+            raise Unreadable(window_id, [start], str(error), has_bytes=isinstance(error, LookupError)) from error
         taken = take(events, 0, choice.split_events, choice.split_bytes)
         if taken == 0 and choice.whole:
             return None
@@ -356,52 +286,47 @@ class Store:
         return self._row(f"{_SELECT} WHERE window_id = ? AND address = ?", (window_id, start))
 
     def load(self, batch_id: int, now: float) -> Load:
-        """Return a sealed batch to be sent again, and record the attempt."""
-        load = self._load(batch_id)
-        self._record_attempt(load.batch.key_id, now)
-        return load
+        """Return a sealed batch to be sent again, and record the attempt.
 
-    def _load(self, batch_id: int, next_oldest_at: float | None = None, *, next_is_closed: bool = False) -> Load:
-        sealed, envelope_id, last_activity = self._sealed(batch_id)
-        pieces = [
-            Piece(*row)
-            for row in self._all(
-                "SELECT deflated, crc, events_bytes FROM segment JOIN body ON body.id = body_id"
-                " WHERE window_id = ? AND batch_id = ? ORDER BY address",
-                (sealed.window_id, batch_id),
-            )
-        ]
+        Raises:
+            Unreadable: Some of it is damaged: that has to be set aside first.
+        """
+        sealed, envelope_id, _ = self.leftovers.sealed(batch_id)
+        rows = self._segments_of(sealed)
+        self._envelope(envelope_id, sealed.window_id, [Pending(*row[:6]) for row in rows], batch_id)
+        pieces = read_pieces(self._db, sealed.window_id, [row[0] for row in rows], batch_id)
+        self._record_attempt(sealed.key_id, now)
+        return self._load(batch_id, pieces)
+
+    def _load(
+        self,
+        batch_id: int,
+        pieces: Sequence[Piece],
+        next_oldest_at: float | None = None,
+        *,
+        next_is_closed: bool = False,
+    ) -> Load:
+        sealed, envelope_id, last_activity = self.leftovers.sealed(batch_id)
         prefix = body_prefix(self._segments.envelope(envelope_id), last_activity, sealed.sequence)
         body = assemble(prefix, pieces, body_suffix(is_final=sealed.is_final))
         return Load(sealed, body, next_oldest_at, next_is_closed)
 
-    def _sealed(self, batch_id: int) -> tuple[SealedBatch, int, bytes]:
-        key_id, session_id, window_id, sequence, envelope_id, last_activity, is_final, events, last = self._row(
-            "SELECT key_id, session_id, window_id, address, envelope_id, last_activity, is_final, events, last_address"
-            " FROM batch JOIN session ON session.id = session_id WHERE batch.id = ?",
-            (batch_id,),
-        )
-        segments, events_bytes, finals, oldest_at = self._row(
-            "SELECT count(*), sum(events_bytes), sum(is_final), min(accepted_at) FROM segment"
-            " WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id = ?",
-            (window_id, sequence, last, batch_id),
-        )
-        sealed = SealedBatch(
-            *(batch_id, key_id, session_id, window_id, sequence, events, segments, events_bytes),
-            *(finals, bool(is_final), oldest_at),
-        )
-        return sealed, envelope_id, last_activity
-
     def _record_attempt(self, key_id: int, now: float) -> None:
         self._db.execute("INSERT INTO attempt VALUES (?, ?)", (key_id, now))
 
-    def settle(self, batch_id: int) -> None:
-        """Remove a batch that upstream has taken, with its segments and, where nothing else needs it, its envelope."""
-        sealed, envelope_id, _ = self._sealed(batch_id)
+    def settle(self, batch_id: int, *, keeps_bodies: bool = False) -> None:
+        """Remove a batch that upstream has taken, with its segments and, where nothing else needs it, its envelope.
+
+        Args:
+            batch_id: Row of the batch.
+            keeps_bodies: Leave the bytes where they are, since a damaged page beside them does not let them go.
+        """
+        sealed, envelope_id, _ = self.leftovers.sealed(batch_id)
         mine = (sealed.window_id, batch_id)
-        self._db.execute(
-            "DELETE FROM body WHERE id IN (SELECT body_id FROM segment WHERE window_id = ? AND batch_id = ?)", mine
-        )
+        if not keeps_bodies:
+            self._db.execute(
+                "DELETE FROM body WHERE id IN (SELECT body_id FROM segment WHERE window_id = ? AND batch_id = ?)", mine
+            )
         self._db.execute("DELETE FROM segment WHERE window_id = ? AND batch_id = ?", mine)
         self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
         self._db.execute("UPDATE session SET refusals = 0 WHERE id = ? AND refusals", (sealed.session_id,))
@@ -424,7 +349,7 @@ class Store:
             now: Wall clock.
             max_dead_bytes: What dead letters may take; the oldest are shed.
         """
-        sealed, _, _ = self._sealed(batch_id)
+        sealed, _, _ = self.leftovers.sealed(batch_id)
         if cut == "alone":
             self._db.execute("UPDATE session SET refusals = refusals + 1 WHERE id = ?", (sealed.session_id,))
         ends = self._recut(sealed, cut)
@@ -456,7 +381,10 @@ class Store:
         refusals = self._one("SELECT refusals FROM session WHERE id = ?", (sealed.session_id,))
         if count == 1 or (cut == "alone" and refusals > _MAX_REFUSALS):
             return []
-        events = self._segments.events(body_id, events_bytes)
+        try:
+            events = self._segments.events(body_id, events_bytes)
+        except LookupError:  # what is damaged cannot be divided
+            return []
         taken = count // 2 if cut == "alone" else halve([len(event) for event in events])
         self._segments.divide(sealed.window_id, start, events, taken)
         return [1, 2]
@@ -473,26 +401,3 @@ class Store:
     def key(self, key_id: int) -> str:
         """Return a key's secret."""
         return str(self._one("SELECT secret FROM key WHERE id = ?", (key_id,)))
-
-    def pending_windows(self, after: int, max_windows: int) -> list[PendingWindow]:
-        """Return windows that have unsealed segments: the first `max_windows` by row after the row `after`."""
-        rows = self._all(
-            "SELECT key_id, secret, session_id, found.window_id, events, bytes, oldest, finals, digest, envelopes FROM"
-            " (SELECT window_id, sum(events) events, sum(events_bytes) bytes, min(accepted_at) oldest,"
-            " sum(is_final) finals, max(envelope_id) newest, count(DISTINCT envelope_id) envelopes"
-            " FROM segment WHERE window_id > ? AND batch_id IS NULL"
-            " GROUP BY window_id ORDER BY window_id LIMIT ?) found"
-            " JOIN window ON window.id = found.window_id JOIN session ON session.id = session_id"
-            " JOIN key ON key.id = key_id JOIN envelope ON envelope.id = newest ORDER BY found.window_id",
-            (after, max_windows),
-        )
-        return [PendingWindow(*row) for row in rows]
-
-    def sealed_batches(self) -> list[SealedBatch]:
-        """Return the batches that were sealed and not settled; those of one session in the order of sending."""
-        rows = self._all("SELECT id FROM batch ORDER BY session_id, address")
-        return [self._sealed(batch_id)[0] for (batch_id,) in rows]
-
-    def try_disk(self) -> None:
-        """Write something that changes nothing: fails where the disk refuses writes."""
-        self._db.execute("UPDATE counter SET value = value")

@@ -9,6 +9,9 @@ import msgspec
 from relay.protocol.replay import Envelope
 from relay.protocol.reuse import Earlier, Known
 
+DAMAGED = 0
+"""The status of a dead letter that upstream has not seen, since it is damaged on the disk (`quarantine.py`)."""
+
 
 class NewSegment(msgspec.Struct, frozen=True, gc=False):
     """One compressed run of a client batch."""
@@ -129,6 +132,25 @@ class SealedBatch(msgspec.Struct, frozen=True, gc=False):
     """Wall clock of its oldest segment's acceptance."""
 
 
+class Quarantined(msgspec.Struct, frozen=True, gc=False):
+    """Damaged segments of a window that were set aside."""
+
+    segments: int
+    """How many."""
+    event_count: int
+    """In them."""
+    events_bytes: int
+    """Uncompressed."""
+    finals: int
+    """Of them, those that end their session."""
+    has_batch: bool
+    """Whether the sealed batch that they were part of has other segments."""
+    next_oldest_at: float | None
+    """Wall clock of acceptance of what is still pending in the window; None where nothing is."""
+    next_is_closed: bool
+    """Whether that has several envelopes."""
+
+
 class Load(msgspec.Struct, frozen=True, gc=False):
     """A sealed batch with its body."""
 
@@ -188,13 +210,18 @@ class DeadLetter(msgspec.Struct, frozen=True):
     bytes: int
     """On disk, about."""
     status: int
-    """Upstream's."""
+    """Upstream's; `DAMAGED` where the disk is why."""
     answer: str
-    """The beginning of what upstream said."""
+    """The beginning of what upstream said, or what is damaged."""
     accepted_at: float
     """Wall clock of its acceptance."""
     died_at: float
-    """Wall clock of upstream's last refusal."""
+    """Wall clock of upstream's last refusal, or of finding the damage."""
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether it is damaged on the disk, rather than refused."""
+        return self.status == DAMAGED
 
 
 class Recent(msgspec.Struct, frozen=True, gc=False):
@@ -213,11 +240,16 @@ class Account(msgspec.Struct, frozen=True):
     delivered: int
     """Taken by upstream."""
     dead_lettered: int
-    """Refused by upstream for good and kept aside, as counted on the disk."""
+    """Kept aside for good, as counted on the disk: refused by upstream, or damaged."""
+    damaged: int
+    """Of these, what is damaged on the disk and could not be sent."""
     purged: int
     """Removed by an operator."""
     shed: int
-    """Dead letters dropped beyond `spool.dead_letter_max_bytes`."""
+    """Dropped for want of room."""
+    shed_by_reason: dict[str, int]
+    """The same by what they were dropped as: `dead_letters` beyond `spool.dead_letter_max_bytes`, or `sessions` by
+    `spool.overflow`."""
     pending: int
     """Spooled, in no sealed batch."""
     sealed: int
@@ -234,3 +266,31 @@ class Account(msgspec.Struct, frozen=True):
     """`pending` and `sealed` together, as counted on the disk."""
     is_balanced: bool
     """Whether law 2 holds: accepted = delivered + spooled + dead_lettered + purged + shed."""
+
+
+class SpoolStatistics(msgspec.Struct, frozen=True):
+    """Counters since the start, and the state of the disk at the last commit."""
+
+    commits: int
+    """Groups committed."""
+    steps: int
+    """Steps in them."""
+    failed_commits: int
+    """Groups that the disk refused."""
+    used_bytes: int
+    """Pages in use."""
+    free_bytes: int
+    """Left on the file system."""
+    marks_forgotten: int
+    """Client batches no longer recognised, by age or number."""
+    segments_quarantined: int
+    """Damaged segments set aside."""
+    damage: str
+    """What SQLite said when it last met a damaged page; empty where it has not."""
+    refusal: str
+    """Why new batches are refused now; empty while they are not."""
+
+    @property
+    def is_refusing(self) -> bool:
+        """Whether new batches are refused."""
+        return bool(self.refusal)

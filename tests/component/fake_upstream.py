@@ -107,6 +107,10 @@ class FakeUpstream:
         self.store(arrival)
         raise ExchangeFailed("connection reset")
 
+    def forget_bodies(self) -> None:
+        """Let what comes next under a number differ from what came before: the disk has damaged it."""
+        self._bodies.clear()
+
     def _expect(self, condition: bool, complaint: str) -> None:
         if not condition:
             self.complaints.append(complaint)

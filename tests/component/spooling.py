@@ -56,7 +56,7 @@ async def opened_spool(
     vfs: str | None = None,
     **settings: Any,
 ) -> AsyncIterator[Spool]:
-    """Open a spool that leaves syncing to the operating system."""
-    values = SpoolSettings(directory=str(directory), **{"durability": "os", **settings})
+    """Open a spool that leaves syncing to the operating system, and has no reserve, unless told otherwise."""
+    values = SpoolSettings(directory=str(directory), **{"durability": "os", "reserve_bytes": 0, **settings})
     async with open_spool(values, limits, max_keys, now=now, run=run, vfs=vfs) as spool:
         yield spool

@@ -30,8 +30,8 @@ from tests.component.batches import KEY, make_body, make_event
 from tests.component.spooling import run_inline
 
 NOT_METRICS = {
-    "account": {"spooled", "is_balanced"},  # sums of others
-    "spool": {"refusal"},  # a text; `is_refusing` is its metric
+    "account": {"spooled", "shed", "is_balanced"},  # sums of others
+    "spool": {"refusal", "damage"},  # texts; the first has `is_refusing` for a metric
     "data_api": {"credentials_problem"},  # a text; it is a warning
     "forward": {"lanes", "has_more_on_disk"},  # lanes by properties; the other explains `pending_windows`
 }
@@ -194,7 +194,7 @@ async def test_secrets_stay_inside(tmp_path: Path) -> None:
 async def test_full_spool_is_not_ready(tmp_path: Path) -> None:
     """While the spool refuses, `/readyz` is 503 with the reason, clients get 503, and `/livez` is 200."""
     async with running(tmp_path) as it:
-        it.relay._spool._failure = "the disk refused a write: full"
+        it.relay._spool._capacity.failure = "the disk refused a write: full"
         ready = await it.get("/readyz")
         assert (ready.status, orjson.loads(ready.body)["reasons"]) == (503, ["the disk refused a write: full"])
         assert await it.post(make_body()) == 503

@@ -117,7 +117,7 @@ def test_what_is_not_there_is_said(command: Command, action: str) -> None:
     assert command(action, "1", "1", "9") == (
         1,
         "",
-        "1 of 2 moved: the others are no dead letters, or no longer\n",
+        "1 of 2 moved: the others are no dead letters, no longer, or damaged\n",
     )
     assert command("show", "1") == (1, "", "there is no dead letter 1\n")
 

@@ -22,6 +22,7 @@ from relay.http.router import Match, Router
 from relay.intake.intake import REPLAY_PATH, Intake
 from relay.protocol.schema import MAX_SEQUENCE
 from relay.spool.spool import Run, Spool
+from relay.spool.values import Load
 from tests.accounting import assert_accounted
 from tests.component.batches import make_body, make_event, read_upstream
 from tests.component.spooling import GatedRun, opened_spool, run_inline, wall_clock
@@ -59,7 +60,7 @@ class Ingest:
         """Return every spooled event, by sealing what is pending."""
         events: list[bytes] = []
         for (window_id,) in self.spool._store._all("SELECT id FROM window"):
-            while (load := await self.spool.seal(window_id, lambda _: None)) is not None:
+            while isinstance(load := await self.spool.seal(window_id, lambda _: None), Load):
                 events += read_upstream(load.body).events
                 await self.spool.settle(load.batch.batch_id)
         return events

@@ -15,14 +15,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from relay.config import Spool as SpoolSettings
 from relay.protocol.cut import Limits
 from relay.protocol.replay import decode_batch
 from relay.protocol.reuse import Known, find_known
 from relay.protocol.schema import MAX_SEQUENCE
 from relay.spool import schema
+from relay.spool.account import read_account
 from relay.spool.marks import read_events
-from relay.spool.spool import Spool, run_in_thread
 from relay.spool.store import Store
 from relay.spool.values import Appended, Load, PendingWindow
 from tests.accounting import assert_accounted
@@ -86,8 +85,7 @@ class Disk:
 
     def account(self, **expected: int) -> None:
         """Hold the account against what is expected."""
-        spool = Spool(self.store, self.reader, SpoolSettings(directory=str(self.directory)), run_in_thread, lambda: 0.0)
-        assert_accounted(spool._read_account(), **expected)
+        assert_accounted(read_account(self.reader, 0.0), **expected)
 
 
 @contextmanager

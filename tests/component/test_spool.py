@@ -12,7 +12,7 @@ from relay.errors import SpoolLocked, SpoolUnavailable
 from relay.protocol.replay import decode_batch
 from relay.protocol.reuse import Known, Stored, find_known
 from relay.spool.spool import Spool, run_in_thread
-from relay.spool.values import Appended, NewBatch
+from relay.spool.values import Appended, Load, NewBatch
 from tests.accounting import assert_accounted
 from tests.component.batches import make_batch, make_body
 from tests.component.spooling import GatedRun, opened_spool, wall_clock
@@ -212,7 +212,7 @@ async def test_byte_cap_refuses_and_draining_lifts_it(tmp_path: Path, autojump_c
             sequence += 1
             await spool.append(batch_of("s", sequence, events=[large_event(sequence)]))
         assert "(spool.max_bytes)" in spool.refusal
-        while (load := await spool.seal(appended.window_id, ignore)) is not None:
+        while isinstance(load := await spool.seal(appended.window_id, ignore), Load):
             await spool.settle(load.batch.batch_id)
         assert spool.refusal == ""
         assert_accounted(await spool.account(), delivered=sequence + 1, spooled=0)
@@ -312,7 +312,7 @@ async def test_housekeeping_forgets_by_itself(tmp_path: Path, autojump_clock: Mo
     async with opened_spool(tmp_path, dedupe_seconds=60) as spool:
         appended = await spool.append(batch_of("s"))
         load = await spool.seal(appended.window_id, ignore)
-        assert load is not None
+        assert isinstance(load, Load)
         await spool.settle(load.batch.batch_id)
         await trio.sleep(58)
         assert (await spool.append(batch_of("s"))).outcome == "repeated"
@@ -327,9 +327,11 @@ async def test_recent_sends_are_remembered_for_the_budget(tmp_path: Path, autoju
     async with opened_spool(tmp_path) as spool:
         appended = await spool.append(batch_of("s"))
         load = await spool.seal(appended.window_id, ignore)
-        assert load is not None
+        assert isinstance(load, Load)
         await trio.sleep(100)
-        assert (await spool.load(load.batch.batch_id)).body == load.body
+        again = await spool.load(load.batch.batch_id)
+        assert isinstance(again, Load)
+        assert again.body == load.body
         await trio.sleep(30)
     async with opened_spool(tmp_path) as spool:
         [recent] = await spool.recent_attempts()

@@ -14,11 +14,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.config import Spool as SpoolSettings
 from relay.protocol.cut import Limits
 from relay.protocol.reuse import Known as Reused
 from relay.spool import schema
-from relay.spool.spool import Spool, run_in_thread
+from relay.spool.account import read_account
 from relay.spool.store import Store
 from relay.spool.values import Appended, Load, NewBatch, Recut, Refused
 from tests.accounting import assert_accounted
@@ -78,8 +77,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.db.execute(HOLDER)
         self.store = Store(self.db, LIMITS, max_keys=2)
         self.reader = schema.open_reader(path, self.vfs)
-        settings = SpoolSettings(directory=str(self.directory))
-        self.spool = Spool(self.store, self.reader, settings, run_in_thread, lambda: self.now)
 
     def close(self) -> None:
         """Close both connections."""
@@ -279,7 +276,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def finds_what_was_sealed(self) -> None:
         """What a start reads of sealed batches is what the model knows, byte for byte."""
-        left = [batch.batch_id for batch in self.store.sealed_batches()]
+        left = [batch.batch_id for batch in self.store.leftovers.sealed_batches()]
         assert left == sorted(
             self.sealed, key=lambda each: (self.rows[self.sealed[each].place][1], self.sealed[each].addresses)
         )
@@ -445,7 +442,7 @@ class StoreMachine(RuleBasedStateMachine):
         if not self.generation and not hasattr(self, "store"):
             return
         assert_accounted(
-            self.spool._read_account(),
+            read_account(self.reader, self.now),
             accepted=self.accepted,
             delivered=self.delivered,
             dead_lettered=sum(len(sent.addresses) for sent in self.dead.values()),

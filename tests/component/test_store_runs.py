@@ -15,10 +15,10 @@ def test_a_restart_knows_which_windows_have_several_envelopes(tmp_path: Path) ->
         for window, visited in pages.items():
             for sequence, page in enumerate(visited):
                 append(store, make_body(session=window, window=window, sequence=sequence, page=page))
-        found = do(store, lambda: store.pending_windows(0, 10))
+        found = do(store, lambda: store.leftovers.pending_windows(0, 10))
         assert [window.envelopes for window in found] == [1, 2, 2]
         assert len({window.digest for window in found}) == 3  # a session is part of the envelope
-        one, *_ = do(store, lambda: store.pending_windows(0, 1))
+        one, *_ = do(store, lambda: store.leftovers.pending_windows(0, 1))
         assert one == found[0]
 
 

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import apsw
 
-from relay.spool.store import Step, Store
+from relay.spool.store import Store
+from relay.spool.transactions import Step
 from relay.spool.values import Appended, NewBatch, Recut
 from tests.component.batches import make_event
 from tests.component.model import Known, Place

@@ -27,7 +27,7 @@ CATCH_ALLS = {
     "relay/http/asgi.py": "the same on the edge and admin listeners",
     "relay/forward/lane.py": "one attempt's failure is that attempt's own",
     "relay/data_api/flights.py": "and one request's to the data API",
-    "relay/spool/store.py": "what a step raises on the spool's thread is handed to whoever waits for it",
+    "relay/spool/transactions.py": "what a step raises on the spool's thread is handed to whoever waits for it",
     "relay/cli.py": "the process's edge, where a mistake becomes an exit status",
 }
 """The files where everything may be caught, once each, and why there."""
