@@ -52,6 +52,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOG_SECONDS = 0.2
 """What the end waits for its own log lines; they take microseconds where anybody reads them."""
 
+MANY_FAILURES = 5
+"""Of the data API in a row that are worth a warning; as many as close a lane of ingest by default."""
+
 log = structlog.get_logger()
 
 
@@ -140,6 +143,8 @@ class Relay:
             elif lane.state == "probing":
                 warnings.append(f"upstream does not answer {lane.key}: {lane.failures} failures in a row")
         data = sources["data_api"]
+        if data.failures >= MANY_FAILURES:
+            warnings.append(f"the data API does not answer: {data.failures} failures in a row")
         if data.credentials_problem:
             warnings.append(data.credentials_problem)
         if self._config.data_api.anonymous == "serve-with-the-relays-token":

@@ -183,6 +183,7 @@ METRICS = (
         *("data_upstream_failures_total", "counter", "Those without a whole answer."),
         *("data_api", "upstream_failures", "reason"),
     ),
+    Metric("data_failures", "gauge", "Of these the last in a row.", "data_api", "failures"),
     Metric("data_in_flight", "gauge", "Those under way.", "data_api", "in_flight"),
     Metric("data_limited_total", "counter", "Requests answered 429 by the relay.", "data_api", "limited"),
     Metric("data_cut_total", "counter", "Answers that broke off.", "data_api", "cut"),

@@ -67,6 +67,8 @@ class Flights:
         """Requests sent to upstream, those sent once more included."""
         self.failed_by_reason: Counter[str] = Counter(timeout=0, unreachable=0, busy=0)
         """Flights without a whole answer."""
+        self.failures = 0
+        """Of these the last in a row."""
         self.invalidated_total = 0
         """Changes that dropped what was kept."""
 
@@ -123,6 +125,7 @@ class Flights:
         except UpstreamError as error:
             timed_out = isinstance(error, ExchangeTimedOut)
             self.failed_by_reason["busy" if isinstance(error, Busy) else "timeout" if timed_out else "unreachable"] += 1
+            self.failures += 1
             log.warning("data API does not answer", path=ask.path, reason=str(error))
             flight.fail(error)
         except Exception:
@@ -181,6 +184,7 @@ class Flights:
 
     async def _receive(self, flight: Flight, ask: Ask, kept: Kept | None, reply: StreamedReply, sent_at: float) -> None:
         """Take an answer in, for the readers and for the store."""
+        self.failures = 0
         self._learn(ask, reply, sent_at)
         headers = without(end_to_end(reply.headers), _LENGTH)
         may_keep = not ask.is_apart and ask.method == "GET"

@@ -121,6 +121,7 @@ class DataApi:
             cache_invalidated=self._flights.invalidated_total,
             upstream_requests=self._flights.sent_total,
             upstream_failures=dict(self._flights.failed_by_reason),
+            failures=self._flights.failures,
             in_flight=self._flights.in_flight,
             limited=self._limited_total,
             cut=self._cut_total,

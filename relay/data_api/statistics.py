@@ -27,6 +27,8 @@ class DataApiStatistics(msgspec.Struct, frozen=True):
     """Requests sent to upstream, those sent once more included."""
     upstream_failures: dict[str, int]
     """Requests without a whole answer: timeout, unreachable, busy (never sent)."""
+    failures: int
+    """Of these the last in a row."""
     in_flight: int
     """Requests to upstream under way, or read still by a client."""
     limited: int

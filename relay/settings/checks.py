@@ -4,7 +4,7 @@ Rules:
 1. A finding names the options it is about and holds no value; the loader adds values and origins, masked.
 2. A problem refuses the configuration; a warning is for something that is allowed and seldom meant.
 3. Nothing here listens, connects or writes. Only `upstream.ca_file` is opened, because a relay that cannot
-   trust its upstream should say so at the start.
+   trust its upstream should say so at the start, and `data_api.token_file` looked at: it may come later.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ipaddress
 import re
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -243,6 +244,14 @@ def _data_warnings(config: Config) -> Iterator[Finding]:
         )
     if (data.token or data.token_file) and not data.client_tokens and data.anonymous == "pass-through":
         yield Finding("data_api.token", "has no effect, since nobody is served with it: see", "data_api.client_tokens")
+    if data.token_file:
+        try:
+            mode = Path(data.token_file).stat().st_mode
+        except OSError as problem:
+            yield Finding("data_api.token_file", f"cannot be read at present: {problem.strerror}")
+        else:
+            if mode & 0o077:
+                yield Finding("data_api.token_file", "can be read or written by others than its owner")
     if data.client_tokens and not is_loopback(parse_address(config.listen.relay)[0]):
         yield Finding("data_api.client_tokens", "travel in the clear unless TLS is in front of", "listen.relay")
     if data.reads_per_minute > type(data)().reads_per_minute:

@@ -228,6 +228,10 @@ async def test_data_api_is_reached(tmp_path: Path) -> None:
         assert (await _ask(it.url, "GET", "/api/v1/nothing")).status == 404
         status = await it.status()
         assert status["data_api"]["answers_by_class"]["5xx"] == 1
+        assert status["warnings"] == []
+        for _ in range(4):
+            await _ask(it.url, "GET", "/api/v1/issues")
+        assert (await it.status())["warnings"] == ["the data API does not answer: 5 failures in a row"]
         assert_accounted(status["account"], accepted=0)
 
 

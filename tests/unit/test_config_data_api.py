@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.unit.test_config_keys import problems, with_sets
@@ -64,3 +66,17 @@ def test_tokens_in_the_clear_are_warned_of() -> None:
 def test_the_usual_needs_no_warning() -> None:
     """A relay that holds a token for its clients on loopback is as it should be."""
     assert with_sets(HELD, GIVEN).warnings() == []
+
+
+def test_a_token_file_is_looked_at(tmp_path: Path) -> None:
+    """A token file that is not there, or that others can read, is warned of; one that is as it should be is not."""
+    path = tmp_path / "token"
+    arguments = (f"data_api.token_file={path}", GIVEN)
+    (warning,) = with_sets(*arguments).warnings()
+    assert "cannot be read at present: No such file" in warning
+    path.write_text("luc_api_held")
+    path.chmod(0o640)
+    (warning,) = with_sets(*arguments).warnings()
+    assert "can be read or written by others" in warning
+    path.chmod(0o600)
+    assert with_sets(*arguments).warnings() == []
