@@ -101,9 +101,9 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     status = declare("status", "Ask a running relay how it is.", show_status)
     add_source_arguments(status)
     status.add_argument("--json", action="store_true", help="print the relay's answer as it is")
-    spool = declare("spool", "List, export, send again or drop what upstream refused for good.", run_spool)
+    spool = declare("spool", "Look for damage in the spool, save what can be saved, handle dead letters.", run_spool)
     if chosen == "spool":
-        from relay.ops.letters import add_arguments as add_spool_arguments
+        from relay.ops.upkeep import add_arguments as add_spool_arguments
 
         add_spool_arguments(spool, add_source_arguments)
     keys = declare("keys", "Let a key that upstream refused be tried at once.", release_key)
@@ -192,13 +192,16 @@ def show_status(arguments: argparse.Namespace) -> int:
 
 
 def run_spool(arguments: argparse.Namespace) -> int:
-    """Look at dead letters, or move them."""
+    """Look at the spool, or mend it."""
     config = load_settings(arguments).config
 
-    from relay.ops.letters import Failure, run
+    from relay.ops.letters import Failure
+    from relay.ops.upkeep import run
 
     outcome = run(arguments, config)
     if isinstance(outcome, Failure):
+        for line in outcome.lines:
+            say(line)
         complain(outcome.reason)
         return ExitCode.NEGATIVE
     for line in outcome:

@@ -24,10 +24,14 @@ class ExitCode(IntEnum):
         return member
 
     OK = 0, "Done, or stopped as asked."
-    NEGATIVE = 1, "The verdict is no: the demo did not add up, the relay is not ready, or what was named is not there."
+    NEGATIVE = (
+        1,
+        "The verdict is no: the demo did not add up, the relay is not ready, the spool is damaged, or what was named "
+        "is not there.",
+    )
     USAGE = 2, "The command line is wrong."
     INTERNAL = 70, "A mistake in the relay itself; the traceback is on standard error."
     CANNOT_LISTEN = 71, "An address cannot be listened on: in use, not this machine's, or no permission."
-    SPOOL = 73, "The spool cannot be opened: locked by another relay, of another version, or not writable."
+    SPOOL = 73, "The spool cannot be opened: locked by another relay, of another version, damaged, or not writable."
     CONFIGURATION = 78, "The configuration cannot be used; each problem is on a line of standard error."
     INTERRUPTED = 130, "Ended by Ctrl-C in a command that has nothing to finish (128 + SIGINT, as shells say it)."

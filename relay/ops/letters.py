@@ -39,17 +39,21 @@ class Failure(msgspec.Struct, frozen=True):
 
     reason: str
     """What to tell the operator."""
+    lines: tuple[str, ...] = ()
+    """What was found all the same."""
 
 
-def add_arguments(parser: argparse.ArgumentParser, add_source: Callable[[argparse.ArgumentParser], None]) -> None:
+def add_arguments(
+    parts: argparse._SubParsersAction[argparse.ArgumentParser], add_source: Callable[[argparse.ArgumentParser], None]
+) -> None:
     """Declare the command's own commands.
 
     Args:
-        parser: Of `spool`.
+        parts: Of `spool`.
         add_source: Declares where the configuration comes from.
     """
-    parts = parser.add_subparsers(title="what", metavar="WHAT", required=True)
-    letters = parts.add_parser("dead-letters", help=parser.description, description=parser.description)
+    summary = "List, export, send again or drop what upstream refused for good."
+    letters = parts.add_parser("dead-letters", help=summary, description=summary)
     actions = letters.add_subparsers(title="actions", metavar="ACTION", dest="action", required=True)
 
     def declare(name: str, summary: str) -> argparse.ArgumentParser:

@@ -44,6 +44,8 @@ APPLICATION_ID = 0x4C52_6C79
 
 DATABASE_NAME = "spool.sqlite3"
 LOCK_NAME = "lock"
+SALVAGED_NAME = "spool.sqlite3.salvaged"
+"""What a salvage has saved, until it is in its place (`salvage.py`)."""
 
 _PAGE_BYTES = 16_384
 """A compressed segment of 1 to 5 KB lies on one page with others instead of on a chain of overflow pages."""
@@ -160,6 +162,8 @@ def open_database(
         SpoolSchemaMismatch: It holds another version's tables, or is no spool.
         SpoolUnavailable: It cannot be read or written.
     """
+    if path.with_name(SALVAGED_NAME).exists():
+        raise SpoolUnavailable(f"the salvage of {path} was interrupted: run `lucent-relay spool salvage` once more")
     try:
         if vfs is None:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
