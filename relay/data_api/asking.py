@@ -21,6 +21,9 @@ VIA = (b"via", b"1.1 " + CACHE_NAME)
 
 _OWN = frozenset({b"host", b"content-length", b"expect", b"authorization", b"via"})
 
+_FIRST_COUNTS = frozenset({b"x-forwarded-host", b"x-forwarded-proto"})
+"""What the client asked for, which the first proxy knows; the other fields are lists, to which each proxy adds."""
+
 _SELECTING = (b"accept", b"accept-encoding", b"accept-language", *sorted(CONDITIONS))
 """Fields by which requests for one target are told apart before upstream's `vary` is known."""
 
@@ -98,15 +101,11 @@ def _with_forwarded(fields: Fields, request: Request, forwarded: str) -> Fields:
         own = ((b"x-forwarded-for", peer), (b"x-forwarded-host", host), (b"x-forwarded-proto", b"http"))
     else:
         return fields
-    names = frozenset(name for name, _ in own)
-    # Of host and scheme the first proxy knows best; addresses and Forwarded are lists, to which each adds.
-    said = {name: find_field(fields, name) for name in names}
-    merged = tuple(
-        (name, value if earlier is None else earlier if name in _FIRST_COUNTS else earlier + b", " + value)
-        for name, value in own
-        for earlier in (said[name],)
-    )
-    return (*without(fields, names), *merged)
-
-
-_FIRST_COUNTS = frozenset({b"x-forwarded-host", b"x-forwarded-proto"})
+    merged = []
+    for name, value in own:
+        earlier = find_field(fields, name)
+        if earlier is None:
+            merged.append((name, value))
+        else:
+            merged.append((name, earlier if name in _FIRST_COUNTS else earlier + b", " + value))
+    return (*without(fields, frozenset(name for name, _ in own)), *merged)

@@ -45,7 +45,7 @@ class Flight:
 
     Attributes:
         scope: Of the task that fetches it.
-        is_stored: It is kept now.
+        is_stored: It is kept, or will be once it is whole.
         is_current: Nothing was changed through the relay since it began that it might show as it was.
     """
 

@@ -229,7 +229,7 @@ def cache_status(
         fwd: Why upstream was asked; empty where it was not, and the cache answered.
         fwd_status: What it answered; 0 where it did not.
         fresh_seconds: Of a kept answer.
-        is_stored: The answer is kept now.
+        is_stored: The answer is kept, or will be once it is whole.
         is_collapsed: It is another request's answer, too.
         detail: A token that says more.
     """
