@@ -25,6 +25,15 @@ class RequestWindow:
         self._limit = requests_per_minute
         self._counted_at: deque[float] = deque()
 
+    @property
+    def recent(self) -> int:
+        """Requests counted in the minute before the last one."""
+        return len(self._counted_at)
+
+    def resets_in(self, now: float) -> float:
+        """Return the seconds until the oldest of them counts no more; a minute where there is none."""
+        return self._counted_at[0] + WINDOW_SECONDS - now if self._counted_at else WINDOW_SECONDS
+
     def admit(self, now: float) -> float:
         """Count a request.
 

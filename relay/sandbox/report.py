@@ -45,6 +45,23 @@ class Injected(msgspec.Struct):
     """Requests that met an outage."""
 
 
+class DataReport(msgspec.Struct):
+    """What the data API saw."""
+
+    reads: int = 0
+    """GET and HEAD requests, whatever became of them."""
+    writes: int = 0
+    """PATCH requests likewise."""
+    responses: dict[str, int] = msgspec.field(default_factory=dict)
+    """How many of both were answered, by status."""
+    hung_up: int = 0
+    """Those whose connection was closed without an answer."""
+    rate_limited: int = 0
+    """Those answered 429 by a rate limit."""
+    changed: int = 0
+    """Changes made: PATCH requests that set another status."""
+
+
 class KeyReport(msgspec.Struct):
     """One accepted key."""
 
@@ -93,6 +110,8 @@ class Report(msgspec.Struct):
     """The largest of the keys' peaks."""
     keys: dict[str, KeyReport] = msgspec.field(default_factory=dict)
     """Accepted keys by fingerprint."""
+    data_api: DataReport = msgspec.field(default_factory=DataReport)
+    """What the data API saw."""
     elapsed_seconds: float = 0.0
     """Time since the sandbox started; outages are measured on it."""
 

@@ -63,7 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--requests-per-minute", int, "N", settings.requests_per_minute, "rate limit of each key; 0 lifts it"),
         ("--max-events", int, "N", settings.max_events, "events of one batch"),
         ("--max-bytes", int, "N", settings.max_bytes, "bytes of JSON of a batch with more than one event"),
-        ("--seed", int, "N", 0, "of the faults: the same seed, the same faults"),
+        ("--token", str, "TOKEN", [], "accept this data API token; without any, all with a published prefix"),
+        ("--read-only-token", str, "TOKEN", [], "accept this token for reads and answer its changes 403"),
+        (
+            "--reads-per-minute",
+            int,
+            "N",
+            settings.data.reads_per_minute,
+            "rate limit of each token's reads; 0 lifts it",
+        ),
+        ("--writes-per-minute", int, "N", settings.data.writes_per_minute, "the same of its changes"),
+        ("--seed", int, "N", 0, "of faults and records: the same seed, the same of both"),
         ("--error-rate", float, "P", faults.error_rate, "share of batches answered with an error"),
         ("--error-status", int, "STATUS", [], "that error's status (without any, 500)"),
         ("--drop-before-rate", float, "P", faults.drop_before_rate, "share hung up on before storing"),
@@ -84,6 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action="append" if is_repeatable else "store",
             help=f"{text}; repeatable" if is_repeatable else f"{text} (%(default)s)",
         )
+    for flag, text in (
+        ("--rate-headers", "say what is left of the data API's limits in every answer, not only in a 429"),
+        ("--no-etags", "give the data API's answers no ETag"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
 
 
 def settings_of(arguments: argparse.Namespace) -> SandboxSettings:
@@ -109,6 +124,15 @@ def settings_of(arguments: argparse.Namespace) -> SandboxSettings:
         "max_events": arguments.max_events,
         "max_bytes": arguments.max_bytes,
         "faults": faults,
+        "data": {
+            "seed": arguments.seed,
+            "tokens": arguments.token,
+            "read_only_tokens": arguments.read_only_token,
+            "reads_per_minute": arguments.reads_per_minute,
+            "writes_per_minute": arguments.writes_per_minute,
+            "has_rate_headers": arguments.rate_headers,
+            "has_etags": not arguments.no_etags,
+        },
     }
     try:
         return msgspec.convert(values, SandboxSettings)
@@ -140,7 +164,8 @@ async def _serve_until_signal(settings: SandboxSettings, address: str, seed: int
             sys.stdout.write(f"sandbox listening on {url}\n")
             sys.stdout.flush()
             sys.stderr.write(
-                f"sandbox on {url}: send a relay here with --set upstream.ingest_url={url}\n"
+                f"sandbox on {url}: send a relay here with --set upstream.ingest_url={url}"
+                f" --set upstream.data_url={url}\n"
                 f"report: {url}/sandbox/report\n"
             )
             async for _signal in signals:

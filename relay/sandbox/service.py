@@ -1,5 +1,7 @@
 """The sandbox itself: the ingest endpoint as upstream serves it, and the routes that steer and question it.
 
+The data API is played by `data_api`.
+
 Rules:
 1. Checks come in the order of a real server: outage, key, rate limit, latency, body, schema, limits, faults,
    store. A fault strikes only what upstream would have stored, so faults do not hide violations; and what is stored
@@ -18,12 +20,15 @@ import msgspec
 import trio
 from msgspec import Meta
 
+from relay.clock import wall_clock
 from relay.errors import InvalidBatch, RefusedBatch
 from relay.http.message import HANG_UP, HeaderList, Request, Response, error_response, json_response
 from relay.http.router import Route, Router
 from relay.protocol.fingerprint import fingerprint
 from relay.sandbox.body import MAX_DECODED_BYTES, decode_body, parse_json, split_events
+from relay.sandbox.data_api import DataApi, DataSettings
 from relay.sandbox.faults import Faults, FaultSettings, RandomSource, fault_settings
+from relay.sandbox.injected import injected_error, outage_answer
 from relay.sandbox.limiter import RequestWindow
 from relay.sandbox.report import KeyReport, Report
 from relay.sandbox.schema import BatchSchema, as_utf8, load_description
@@ -66,6 +71,8 @@ class SandboxSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Events of one batch."""
     max_bytes: Annotated[int, Meta(ge=1)] = 1_048_576
     """Uncompressed JSON of one batch that has more than one event."""
+    data: DataSettings = DataSettings()
+    """Of the data API."""
     faults: FaultSettings = FaultSettings()
     """In force from the start; `POST /sandbox/faults` replaces them."""
 
@@ -73,7 +80,14 @@ class SandboxSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class Sandbox:
     """A stand-in for upstream, without a socket: `router()` gives its handlers to a listener or a test."""
 
-    def __init__(self, settings: SandboxSettings, *, now: Callable[[], float], random: RandomSource) -> None:
+    def __init__(
+        self,
+        settings: SandboxSettings,
+        *,
+        now: Callable[[], float],
+        random: RandomSource,
+        wall: Callable[[], float] = wall_clock,
+    ) -> None:
         self._settings = settings
         self._now = now
         self._started_at = now()
@@ -82,9 +96,10 @@ class Sandbox:
         self._store = Store()
         self._report = Report()
         self._windows: dict[str, RequestWindow] = {}
+        self._data = DataApi(settings.data, self._faults, now, wall, self._elapsed_seconds)
 
     def router(self) -> Router:
-        """Return the routes of the ingest API and of the control API."""
+        """Return the routes of both APIs and of the control API."""
         return Router(
             [
                 Route(
@@ -94,6 +109,7 @@ class Sandbox:
                     max_body_bytes=MAX_DECODED_BYTES,
                     headers=CORS,
                 ),
+                *self._data.routes(),
                 Route("/sandbox/report", {"GET": self._get_report}),
                 Route("/sandbox/sessions", {"GET": self._get_sessions}),
                 Route("/sandbox/session", {"GET": self._get_session}),
@@ -113,6 +129,7 @@ class Sandbox:
             sessions=len(self._store.sessions),
             peak_requests_per_minute=max((window.peak for window in self._windows.values()), default=0),
             keys={fingerprint(key): KeyReport(window.counted, window.peak) for key, window in self._windows.items()},
+            data_api=self._data.report,
             elapsed_seconds=round(self._elapsed_seconds(), 3),
         )
         value: dict[str, Any] = msgspec.to_builtins(report)
@@ -133,10 +150,11 @@ class Sandbox:
         self._faults.settings = settings
 
     def reset(self) -> None:
-        """Forget batches, counts and rate-limit windows. Faults and elapsed time stay."""
+        """Forget batches, changed issues, counts and rate-limit windows. Faults and elapsed time stay."""
         self._store = Store()
         self._report = Report()
         self._windows = {}
+        self._data.reset()
 
     async def replay(self, request: Request) -> Response:
         """Answer `POST /api/sdk/replay`."""
@@ -181,7 +199,7 @@ class Sandbox:
             fate = msgspec.structs.replace(fate, kind="serve")
         self._report.count_fault(fate)
         if fate.kind == "error":
-            return _injected_error(fate.status)
+            return injected_error(fate.status)
         if fate.kind == "drop_before":
             return HANG_UP
         is_after_final = self._store.is_final(session_id)
@@ -238,8 +256,7 @@ class Sandbox:
 
     def _outage(self) -> Response:
         self._report.injected.outage += 1
-        status = self._faults.settings.outage_status
-        return _injected_error(status) if status else HANG_UP
+        return outage_answer(self._faults.settings)
 
     async def _get_report(self, _request: Request) -> Response:
         return json_response(200, self.report())
@@ -269,12 +286,6 @@ class Sandbox:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             return error_response(400, str(error))
         return await self._get_faults(request)
-
-
-def _injected_error(status: int) -> Response:
-    # The published contract promises Retry-After with a 429, also with an invented one.
-    headers: HeaderList = ((b"retry-after", b"1"),) if status == 429 else ()
-    return error_response(status, "Injected by the sandbox", headers=headers)
 
 
 def _api_key(request: Request) -> str:

@@ -7,7 +7,7 @@ from importlib import resources
 import pytest
 
 from relay.sandbox.faults import FaultSettings
-from relay.sandbox.report import Injected, KeyReport, Report, Violations
+from relay.sandbox.report import DataReport, Injected, KeyReport, Report, Violations
 from relay.sandbox.server import add_arguments
 
 README = resources.files("relay.sandbox").joinpath("README.md").read_text("utf-8")
@@ -23,7 +23,7 @@ def test_every_option_is_in_the_table() -> None:
     """The options' table has each option of the command, with its metavar, in order."""
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser)
-    options = [f"{action.option_strings[0]} {action.metavar or action.dest.upper()}" for action in parser._actions]
+    options = [f"{action.option_strings[0]} {action.metavar or ''}".strip() for action in parser._actions]
     assert first_cells("Options") == options
 
 
@@ -32,14 +32,15 @@ def test_every_default_is_the_one_named() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     add_arguments(parser)
     for action in parser._actions:
-        row = re.search(rf"^\| `{action.option_strings[0]} [^|]+\| ([^|]*)\|", README, flags=re.MULTILINE)
+        row = re.search(rf"^\| `{action.option_strings[0]}\b[^|]*\| ([^|]*)\|", README, flags=re.MULTILINE)
         assert row is not None
         named = row[1].strip().strip("`")
         if action.dest == "error_status":
             expected = ",".join(map(str, FaultSettings().error_status))
         else:
             expected = f"{action.default:g}" if isinstance(action.default, float) else str(action.default)
-        assert named == ("" if action.default == [] and action.dest != "error_status" else expected)
+        is_unset = action.default is False or (action.default == [] and action.dest != "error_status")
+        assert named == ("" if is_unset else expected)
 
 
 def test_every_fault_is_in_the_table() -> None:
@@ -52,7 +53,7 @@ def test_every_count_is_in_the_table() -> None:
     assert first_cells("Report") == list(Report.__struct_fields__)
 
 
-@pytest.mark.parametrize("struct", [Violations, Injected, KeyReport])
-def test_counts_within_counts_are_named(struct: type[Violations | Injected | KeyReport]) -> None:
+@pytest.mark.parametrize("struct", [Violations, Injected, KeyReport, DataReport])
+def test_counts_within_counts_are_named(struct: type[Violations | Injected | KeyReport | DataReport]) -> None:
     """The fields of nested counts are named in their row."""
     assert all(f"`{field}`" in README for field in struct.__struct_fields__)
