@@ -66,6 +66,17 @@ class Played(msgspec.Struct, frozen=True):
     """The last answer that was not a 200, or error; empty without any."""
 
 
+class Reads(msgspec.Struct, frozen=True):
+    """What the readers of the data API got."""
+
+    readers: int = 0
+    """Readers that asked, at the same time."""
+    answered: int = 0
+    """Those that were answered with the page, all with the same."""
+    newest_issue: str = ""
+    """The title of the first issue on it."""
+
+
 class Result(msgspec.Struct, frozen=True):
     """The demo's outcome; its fields are those of `--json`."""
 
@@ -109,6 +120,14 @@ class Result(msgspec.Struct, frozen=True):
     """Minutes of one key's budget that the relay's requests cost."""
     seconds: float
     """From the first batch to the last delivery."""
+    data_readers: int
+    """Readers that asked the relay for the same page of the data API at once."""
+    data_answers: int
+    """Those that were answered with it."""
+    data_upstream_requests: int
+    """Requests of the relay to the sandbox's data API."""
+    newest_issue: str
+    """The title of the first issue on the page."""
 
 
 def compare(sent: Events, held: Events) -> Comparison:
@@ -166,6 +185,7 @@ def judge(
     requests_per_minute: int,
     seconds: float,
     is_drained: bool = True,
+    reads: Reads | None = None,
 ) -> Result:
     """Add up.
 
@@ -178,10 +198,15 @@ def judge(
         seconds: How long it took.
         is_drained: Whether the relay had the time to deliver everything. If not, it was stopped in order, and what is
             neither upstream nor spooled is lost.
+        reads: Of the data API, where any were made.
     """
+    reads = reads or Reads()
     backlog = 0 if is_drained else account.spooled
     comparison = msgspec.structs.replace(comparison, lost=comparison.lost - backlog)
     problems = _problems(played, comparison, report, account, backlog)
+    unread = reads.readers - reads.answered
+    if unread:
+        problems.append(f"{unread} of {reads.readers} readers of the data API did not get the page")
     return Result(
         exactly_once=not problems,
         problems=problems,
@@ -203,6 +228,10 @@ def judge(
         budget_minutes_direct=played.requests / requests_per_minute,
         budget_minutes_relay=report["requests"] / requests_per_minute,
         seconds=round(seconds, 3),
+        data_readers=reads.readers,
+        data_answers=reads.answered,
+        data_upstream_requests=report["data_api"]["reads"],
+        newest_issue=reads.newest_issue,
     )
 
 

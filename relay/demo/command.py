@@ -24,6 +24,7 @@ from relay.config import Config, Listen, Log, Spool, Upstream
 from relay.demo.audit import Result, compare, holdings, judge, listings
 from relay.demo.display import Display, Progress, open_display, print_result
 from relay.demo.player import CONNECTIONS, Player
+from relay.demo.readers import read_page
 from relay.demo.session import load_recordings
 from relay.exit_codes import ExitCode
 from relay.http.client import HttpClient
@@ -103,7 +104,7 @@ def demo_config(upstream_url: str, directory: str) -> Config:
     """
     return Config(
         listen=Listen(relay=FREE_PORT, admin=FREE_PORT),
-        upstream=Upstream(ingest_url=upstream_url),
+        upstream=Upstream(ingest_url=upstream_url, data_url=upstream_url),
         # A few MB for half a minute starve nobody, and a full disk is no reason for a poor first impression.
         spool=Spool(directory=directory, min_free_bytes=0, reserve_bytes=0),
     )
@@ -126,7 +127,7 @@ async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope
 
 
 async def perform(player: Player, directory: str, timeout: float, display: Display) -> Result:
-    """Play to a relay in front of a sandbox, wait for the last delivery, and add up.
+    """Play to a relay in front of a sandbox, wait for the last delivery, read a page of the data API, and add up.
 
     Args:
         player: Not yet run.
@@ -151,6 +152,7 @@ async def perform(player: Player, directory: str, timeout: float, display: Displ
                     playing.start_soon(player.run, client)
                     await _watch(relay, sandbox, player, settings.requests_per_minute, display)
             seconds = trio.current_time() - started_at
+            reads = await read_page(client)
             await client.aclose()
             account: Account = (await relay.statistics())["account"]
             shutdown.set()
@@ -162,6 +164,7 @@ async def perform(player: Player, directory: str, timeout: float, display: Displ
         account,
         requests_per_minute=settings.requests_per_minute,
         seconds=seconds,
+        reads=reads,
     )
 
 

@@ -195,6 +195,11 @@ def _figures(result: Result) -> Table:
         ("  duplicated", "", f"{result.events_duplicated:,}"),
         ("  out of order", "", f"{result.events_misordered:,}"),
         ("answered 429, too many requests", "", f"{result.rate_limited:,}"),
+        (
+            "reads of a page of issues",
+            f"{result.data_answers} of {result.data_readers}",
+            f"{result.data_upstream_requests}",
+        ),
     ):
         table.add_row(label, clients, upstream)
     return table

@@ -9,7 +9,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.demo.audit import Comparison, Played, compare, holdings, judge, listings
+from relay.demo.audit import Comparison, Played, Reads, compare, holdings, judge, listings
 from relay.demo.session import encode_batch, event_identities, recut
 from relay.http.message import Request
 from relay.sandbox.report import Report
@@ -130,6 +130,13 @@ def test_a_clean_run_adds_up() -> None:
     assert (result.client_requests, result.upstream_requests) == (4, 2)
     assert (result.budget_minutes_direct, result.budget_minutes_relay) == (0.04, 0.02)
     assert (result.bytes_in_wire, result.bytes_in_json, result.bytes_out, result.bytes_out_json) == (100, 1000, 60, 900)
+
+
+def test_a_page_that_is_not_read_is_a_no() -> None:
+    """A reader who does not get the page makes the verdict no, and says how many there were."""
+    reads = Reads(readers=10, answered=9)
+    result = judge(PLAYED, CLEAN, REPORT, ACCOUNT, requests_per_minute=100, seconds=1.0, reads=reads)
+    assert result.problems == ["1 of 10 readers of the data API did not get the page"]
 
 
 @pytest.mark.parametrize("fault", ["lost", "duplicated", "foreign", "misordered"])

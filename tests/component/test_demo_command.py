@@ -36,6 +36,10 @@ RESULT = Result(
     budget_minutes_direct=8.35,
     budget_minutes_relay=0.86,
     seconds=18.2,
+    data_readers=10,
+    data_answers=10,
+    data_upstream_requests=1,
+    newest_issue="The cart jumps while it loads",
 )
 
 PROGRESS = Progress(
@@ -107,6 +111,8 @@ async def test_a_short_session_adds_up(tmp_path: Path) -> None:
     # Of each session one batch a window, since the final is there before the wait for company is over.
     assert (result.client_requests, result.upstream_requests) == (12, 6)
     assert display.shown[-1].events_delivered == 165
+    assert (result.data_readers, result.data_answers, result.data_upstream_requests) == (10, 10, 1)
+    assert result.newest_issue.startswith("The ")
 
 
 async def test_time_that_is_up_ends_it_with_what_is_missing(tmp_path: Path) -> None:
