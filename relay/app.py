@@ -40,7 +40,6 @@ from relay.intake.intake import Intake
 from relay.ops.admin import Admin
 from relay.ops.logs import configure_logging
 from relay.ops.process import allow_open_files, process_statistics
-from relay.protocol.cut import Limits
 from relay.spool.spool import Run, Spool, open_spool
 
 _SOFT_SHARE = 0.8
@@ -268,11 +267,12 @@ async def serve(
         OSError: An address cannot be listened on.
     """
     clocks = clocks or Clocks(trio.current_time, wall_clock, random.Random().random)  # noqa: S311 - jitter
-    limits = Limits(config.batch.max_events, config.batch.max_bytes)
     upstream = client or HttpClient(config.upstream.ingest_url, config.upstream)
     data_client = HttpClient(config.upstream.data_url, data_upstream(config))
     try:
-        async with open_spool(config.spool, limits, config.keys.max_keys, now=clocks.wall, run=run) as spool:
+        async with open_spool(
+            config.spool, config.batch.limits, config.keys.max_keys, now=clocks.wall, run=run
+        ) as spool:
             started = Relay(config, spool, upstream, data_client, clocks)
             async with trio.open_nursery() as nursery:
                 await nursery.start(started.run, shutdown)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from relay.config_batch import Batch as Batch
 from relay.config_data_api import DataApi
 from relay.config_spool import Spool as Spool
 
@@ -255,33 +256,6 @@ class Upstream(Section, frozen=True):
     max_idle_connections: Annotated[int, Meta(ge=0, le=1_000, description="Unused connections kept for re-use.")] = 16
 
 
-class Batch(Section, frozen=True):
-    """The cut: what one upstream batch may be."""
-
-    max_events: Annotated[
-        int, Meta(ge=1, le=16_384, description="Events of an upstream batch; upstream's published limit.")
-    ] = 500
-    max_bytes: Annotated[
-        int,
-        Meta(
-            ge=65_536,
-            le=67_108_864,
-            description=("Uncompressed JSON of a whole upstream batch; upstream's published limit, read strictly."),
-        ),
-    ] = 1_048_576
-    linger_seconds: Annotated[
-        float,
-        Meta(
-            ge=0,
-            le=3_600,
-            description=(
-                "How long a window waits to fill before it is sent. Half of the SDK's flush interval: adds little "
-                "delay and gathers the batches of a page that flushes often."
-            ),
-        ),
-    ] = 5.0
-
-
 class Budget(Section, frozen=True):
     """Requests a key may spend."""
 
@@ -316,8 +290,8 @@ class Forward(Section, frozen=True):
             ge=1,
             le=10_000,
             description=(
-                "Requests under way at once over all keys, each with a body of up to 1 MiB before gzip. Bounds memory "
-                "and connections; without a budget upstream's latency bounds them further."
+                "Requests under way at once over all keys, each with a body of at most `batch.max_bytes`. Bounds "
+                "memory and connections; without a budget upstream's latency bounds them further."
             ),
         ),
     ] = 64

@@ -150,6 +150,7 @@ METRICS = (
         "batch_fullness_ratio", "histogram", "A cut batch's share of the nearer limit.", "forward", "fullness_ratio"
     ),
     Metric("batches_delivered_total", "counter", "Upstream batches delivered.", "forward", "batches_delivered"),
+    Metric("batches_merged_pages_total", "counter", "Those of several pages.", "forward", "batches_of_several_pages"),
     Metric(
         "delivery_seconds",
         "histogram",

@@ -16,7 +16,7 @@ import msgspec
 from bench.simulate.traffic import Arrival, SdkBatch
 from relay.demo.audit import WindowId
 from relay.demo.session import Recording, SmallBatch, encode_batch
-from relay.protocol.cut import body_prefix, body_suffix
+from relay.protocol.cut import Likeness, body_prefix, body_suffix
 from relay.protocol.replay import Envelope, decode_batch
 from relay.sandbox.body import parse_json
 
@@ -53,7 +53,8 @@ class Scripts:
             # A session that began before the trace has sent its first batches then.
             script = batches.setdefault(session, [])
             envelope = self._as_sent(arrival, small, session)
-            sent = msgspec.structs.replace(batch, envelope=envelope, envelope_id=int.from_bytes(envelope.digest))
+            likeness = Likeness(envelope.digest, envelope.pageless_digest)
+            sent = msgspec.structs.replace(batch, envelope=envelope, likeness=likeness)
             trace.append(msgspec.structs.replace(arrival, batch=sent, sequence=len(script)))
             script.append(small)
         self.trace = trace
@@ -103,4 +104,5 @@ def excerpt(trace: Iterable[Arrival], begin: Counts, end: Counts) -> list[Arriva
 def _part(batch: SdkBatch, first: int, last: int) -> SdkBatch:
     events = batch.events[first:last]
     offsets = tuple(accumulate((len(event) + 1 for event in events), initial=0))
-    return msgspec.structs.replace(batch, events=events, offsets=offsets)
+    size = batch.deflated_bytes(first, last)
+    return msgspec.structs.replace(batch, events=events, offsets=offsets, whole_deflated_bytes=size)

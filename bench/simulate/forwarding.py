@@ -16,14 +16,13 @@ from math import inf
 import msgspec
 
 from bench.simulate.figures import Outcome, delays
-from bench.simulate.pile import Pile, Sealed
+from bench.simulate.pile import Pile, Sealed, parting_of
 from bench.simulate.traffic import Arrival
 from bench.simulate.upstream import Reply, Upstream, Weather
 from relay.config import Config
 from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
 from relay.protocol.budget import Budget
-from relay.protocol.cut import Limits
 from relay.protocol.schedule import Schedule
 from relay.protocol.verdict import Verdict, classify
 
@@ -57,9 +56,11 @@ class Forwarding:
         self._seconds = seconds
         self._chance = random.Random(seed)
         self._upstream = Upstream(weather, self._chance)
-        self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
-        self._pile = Pile(self._limits)
-        self._schedule = Schedule(self._limits, config.batch.linger_seconds, config.forward.live_share)
+        self._limits = config.batch.limits
+        self._pile = Pile(self._limits, config.batch.max_bytes)
+        self._schedule = Schedule(
+            self._limits, config.batch.linger_seconds, config.forward.live_share, config.batch.merge
+        )
         self._budget = Budget(weather.requests_per_minute, config.budget.margin_seconds)
         self._breaker = Breaker(config.forward.breaker_failures)
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
@@ -110,22 +111,23 @@ class Forwarding:
         self._schedule.add(
             arrival.session,
             window,
-            digest=arrival.batch.envelope_id.to_bytes(16),
+            likeness=arrival.batch.likeness,
             events=sum(segment.pending.event_count for segment in added),
             events_bytes=sum(segment.pending.events_bytes for segment in added),
+            deflated_bytes=sum(segment.pending.deflated_bytes for segment in added),
             finals=int(arrival.is_final),
             oldest_at=arrival.at,
         )
 
     def _send(self, now: float) -> None:
-        choice = self._schedule.choose(now)
+        choice = self._schedule.choose(now, is_scarce=self._budget.is_scarce(now))
         if choice is None:
             return
         if choice.batch_id is not None:
             sealed: Sealed | None = self._sealed.pop(choice.batch_id)
         else:
             assert choice.window_id is not None
-            sealed = self._pile.seal(choice.window_id)
+            sealed = self._pile.seal(choice.window_id, merges_pages=choice.merges_pages)
             if sealed is None:
                 self._schedule.withhold(choice.session_id, choice.window_id)
                 return
@@ -144,11 +146,12 @@ class Forwarding:
             sealed.window,
             events=sealed.events,
             events_bytes=sealed.events_bytes,
+            deflated_bytes=sealed.deflated_bytes,
             finals=sealed.finals,
             next_oldest_at=sealed.left[0].arrival.at if sealed.left else None,
-            next_is_closed=any(one.batch.envelope_id != sealed.left[0].batch.envelope_id for one in sealed.left),
+            next_parting=parting_of(sealed.left),
         )
-        self._fullness.append(self._limits.fullness(sealed.events, sealed.events_bytes))
+        self._fullness.append(self._limits.fullness(sealed.events, sealed.events_bytes, sealed.deflated_bytes))
 
     def _answer(self, exchange: _Exchange) -> None:
         now, sealed = exchange.at, exchange.sealed

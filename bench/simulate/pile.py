@@ -1,4 +1,4 @@
-"""The pile: a spool in memory, for the simulator. Real segments, cut by the real functions; nothing is compressed.
+"""The pile: a spool in memory, for the simulator. Real segments, cut by the real functions; nothing is kept compressed.
 
 Rule: it seals what `relay.spool` would seal of the same segments. The final's barrier is the spool's in short: a final
 goes when it is all that its session has left.
@@ -7,11 +7,14 @@ goes when it is all that its session has left.
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
+from math import inf
 
 import msgspec
 
 from bench.simulate.traffic import Arrival, SdkBatch
-from relay.protocol.cut import Limits, Pending, address, choose_cut, overhead_bytes, take
+from relay.protocol.codings import SegmentDeflater
+from relay.protocol.cut import Limits, Parting, Pending, address, choose_cut, overhead_bytes, parting, take, take_part
 
 _LAST_ACTIVITY = b"1700000000000"
 """Any time of 13 digits."""
@@ -46,6 +49,8 @@ class Sealed(msgspec.Struct, frozen=True):
     events: int
     events_bytes: int
     """Without the commas between segments."""
+    deflated_bytes: int
+    """As they are sent; 0 where that does not matter."""
     finals: int
     """Final segments in it."""
     left: tuple[Segment, ...]
@@ -53,10 +58,18 @@ class Sealed(msgspec.Struct, frozen=True):
 
 
 class Pile:
-    """The pending segments of all windows."""
+    """The pending segments of all windows.
 
-    def __init__(self, limits: Limits) -> None:
+    Args:
+        limits: Of an upstream batch.
+        run_bytes: Largest JSON of a segment with its envelope, as the intake cuts them.
+    """
+
+    def __init__(self, limits: Limits, run_bytes: int) -> None:
         self._limits = limits
+        self._run_limits = Limits(limits.max_events, run_bytes)
+        self._is_measured = limits.max_gzip_bytes < inf
+        self._deflate = SegmentDeflater().deflate if self._is_measured else lambda _run: b""
         self._windows: dict[int, deque[Segment]] = {}
         self._ids: dict[tuple[int, int], int] = {}
         self._in_session: dict[int, int] = {}
@@ -69,38 +82,37 @@ class Pile:
         held = self._windows.setdefault(window, deque())
         added = []
         batch = arrival.batch
-        for start, end in _runs(batch, self._limits):
+        for start, end in _runs(batch, self._run_limits):
             ends_session = arrival.is_final and end == len(batch.events)
-            added.append(_segment(arrival, start, end, is_final=ends_session))
+            added.append(self._segment(arrival, start, end, is_final=ends_session))
         held.extend(added)
         self._in_session[arrival.session] = self._in_session.get(arrival.session, 0) + len(added)
         return window, added
 
-    def seal(self, window: int) -> Sealed | None:
+    def seal(self, window: int, *, merges_pages: bool = False) -> Sealed | None:
         """Cut the window's next upstream batch; None where a final has to wait."""
         held = self._windows[window]
         seen = [held[index] for index in range(min(len(held), _CUT_SEGMENTS))]
         if not seen:
             return None
         session = seen[0].arrival.session
-        envelope = seen[0].batch.envelope
+        envelopes = {segment.pending.envelope_id: segment.batch.envelope for segment in seen}
         pending = [segment.pending for segment in seen]
-        cut = choose_cut(pending, envelope, self._limits, allow_final=True)
+        choose = partial(choose_cut, pending, envelopes.__getitem__, self._limits, merges_pages=merges_pages)
+        cut = choose(allow_final=True)
         is_end = cut.whole > 0 and pending[cut.whole - 1].is_final
         if is_end and cut.whole == len(pending) and self._in_session[session] > cut.whole:
-            cut = choose_cut(pending, envelope, self._limits, allow_final=False)
+            cut = choose(allow_final=False)
             if not cut.whole and not cut.split_events:
                 return None
         chosen = [held.popleft() for _ in range(cut.whole)]
         if cut.split_events:
             whole = held.popleft()
-            events = whole.batch.events
-            taken = take(events, whole.start, cut.split_events, cut.split_bytes)
-            taken = min(max(taken, 0 if chosen else 1), whole.end - whole.start - 1)
+            taken, _ = take_part(whole.batch.events[whole.start : whole.end], cut, self._deflate)
             if taken:
                 middle = whole.start + taken
-                chosen.append(_segment(whole.arrival, whole.start, middle, is_final=False))
-                whole = _segment(whole.arrival, middle, whole.end, is_final=whole.pending.is_final)
+                chosen.append(self._segment(whole.arrival, whole.start, middle, is_final=False))
+                whole = self._segment(whole.arrival, middle, whole.end, is_final=whole.pending.is_final)
                 self._in_session[session] += 1
             held.appendleft(whole)
         self._sealed += 1
@@ -111,6 +123,7 @@ class Pile:
             tuple(chosen),
             sum(segment.pending.event_count for segment in chosen),
             sum(segment.pending.events_bytes for segment in chosen),
+            sum(segment.pending.deflated_bytes for segment in chosen),
             sum(segment.pending.is_final for segment in chosen),
             tuple(held[index] for index in range(min(len(held), _CUT_SEGMENTS))),
         )
@@ -119,13 +132,18 @@ class Pile:
         """Remove a batch that is upstream."""
         self._in_session[sealed.session] -= len(sealed.segments)
 
+    def _segment(self, arrival: Arrival, start: int, end: int, *, is_final: bool) -> Segment:
+        batch = arrival.batch
+        number = address(arrival.sequence, start)
+        sizes = (batch.run_bytes(start, end), batch.deflated_bytes(start, end) if self._is_measured else 0)
+        envelope = (batch.envelope_id, batch.likeness)
+        pending = Pending(number, end - start, *sizes, *envelope, _LAST_ACTIVITY, is_final)
+        return Segment(batch, start, end, pending, arrival)
 
-def _segment(arrival: Arrival, start: int, end: int, *, is_final: bool) -> Segment:
-    batch = arrival.batch
-    size = batch.run_bytes(start, end)
-    number = address(arrival.sequence, start)
-    pending = Pending(number, end - start, size, batch.envelope_id, _LAST_ACTIVITY, is_final)
-    return Segment(batch, start, end, pending, arrival)
+
+def parting_of(segments: tuple[Segment, ...]) -> Parting:
+    """Return what parts the first of a window's segments from the rest."""
+    return max((parting(segments[0].batch.likeness, each.batch.likeness) for each in segments), default=Parting.NOTHING)
 
 
 def _runs(batch: SdkBatch, limits: Limits) -> list[tuple[int, int]]:

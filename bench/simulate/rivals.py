@@ -18,7 +18,6 @@ from bench.simulate.traffic import Arrival
 from bench.simulate.upstream import Weather
 from relay.config import Config
 from relay.protocol.budget import WINDOW_SECONDS
-from relay.protocol.cut import Limits
 from relay.sandbox.limiter import RequestWindow
 
 _NO_DELAYS = Delays(0.0, 0.0, 0.0, 0)
@@ -95,6 +94,9 @@ def forward_one_for_one(arrivals: Sequence[Arrival], seconds: float, weather: We
 
 
 def _mean_fullness(arrivals: Sequence[Arrival], config: Config) -> float:
-    limits = Limits(config.batch.max_events, config.batch.max_bytes)
-    shares = [limits.fullness(len(arrival.batch.events), arrival.batch.offsets[-1]) for arrival in arrivals]
+    limits = config.batch.limits
+    shares = [
+        limits.fullness(len(batch.events), batch.offsets[-1], batch.whole_deflated_bytes)
+        for batch in (arrival.batch for arrival in arrivals)
+    ]
     return sum(shares) / max(1, len(shares))

@@ -15,7 +15,6 @@ from bench.simulate.rivals import forward_one_for_one, send_directly
 from bench.simulate.traffic import Arrival, arrivals
 from bench.simulate.upstream import Weather
 from relay.config import Config
-from relay.protocol.cut import Limits
 
 BUSY_LOAD = 0.9
 """Where every delay has to be bounded: a tenth of the allowance is left for runs that are not full."""
@@ -80,7 +79,11 @@ class Study:
         self.weather = weather
         self._config = config
         self._seed = seed
-        self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
+        self._limits = config.batch.limits
+        self._merges_pages = config.batch.merge != "strict"
+
+    def _optimum(self, trace: list[Arrival]) -> int:
+        return fewest_requests(trace, self._limits, merges_pages=self._merges_pages)
 
     def demand(self, kind: str) -> Demand:
         """Measure what a session of a kind asks for."""
@@ -89,7 +92,7 @@ class Study:
         return Demand(
             kind,
             len(trace) / session_minutes,
-            fewest_requests(trace, self._limits) / session_minutes,
+            self._optimum(trace) / session_minutes,
             sum(len(arrival.batch.events) for arrival in trace) / session_minutes,
         )
 
@@ -105,7 +108,7 @@ class Study:
             sessions,
             len(trace),
             sum(arrival.batch.run_bytes(0, len(arrival.batch.events)) for arrival in trace),
-            fewest_requests(trace, self._limits),
+            self._optimum(trace),
             Forwarding(trace, self.seconds, self.weather, self._config, self._seed).run(),
             send_directly(trace, self.seconds, self.weather, self._config),
             forward_one_for_one(trace, self.seconds, self.weather, self._config),

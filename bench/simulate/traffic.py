@@ -21,7 +21,8 @@ from itertools import accumulate
 
 import msgspec
 
-from relay.protocol.codings import zstd_decompress
+from relay.protocol.codings import SegmentDeflater, zstd_decompress
+from relay.protocol.cut import Likeness
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import Envelope, decode_batch
 
@@ -91,18 +92,31 @@ class SdkBatch(msgspec.Struct, frozen=True, gc=False):
     """Its tab, from 0 on."""
     envelope: Envelope
     """Shared by the batches of a page."""
-    envelope_id: int
-    """Equal ids, equal envelopes."""
+    likeness: Likeness
+    """Of the envelope."""
     events: tuple[bytes, ...]
     """Exact bytes."""
     offsets: tuple[int, ...]
     """Where each event begins in the comma-joined run; one more, for a next one."""
     has_snapshot: bool
     """Whether a full snapshot is among them."""
+    whole_deflated_bytes: int
+    """All of them as one segment."""
+
+    @property
+    def envelope_id(self) -> int:
+        """Equal ids, equal envelopes."""
+        return int.from_bytes(self.likeness.digest)
 
     def run_bytes(self, start: int, end: int) -> int:
         """Return the size of the run of events from `start` up to `end`."""
         return self.offsets[end] - self.offsets[start] - 1
+
+    def deflated_bytes(self, start: int, end: int) -> int:
+        """Return the size of that run as a segment."""
+        if (start, end) == (0, len(self.events)):
+            return self.whole_deflated_bytes
+        return len(SegmentDeflater().deflate(b",".join(self.events[start:end])))
 
 
 class Visit(msgspec.Struct, frozen=True):
@@ -133,7 +147,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
 class _Event(msgspec.Struct, frozen=True, gc=False):
     at: float
     window: int
-    envelope_id: int
+    likeness: Likeness
     envelope: Envelope
     body: bytes
     type: int
@@ -147,11 +161,11 @@ def _recorded(name: str) -> tuple[_Event, ...]:
     found = []
     for line in zstd_decompress(source.read_bytes()).splitlines():
         batch = decode_batch(line, SDK_MAX_BYTES)
-        envelope_id = int.from_bytes(batch.envelope.digest)
+        likeness = Likeness(batch.envelope.digest, batch.envelope.pageless_digest)
         window = windows.setdefault(batch.window_id, len(windows))
         for body in split_events(bytes(batch.events)):
             event = msgspec.json.decode(body)
-            found.append(_Event(event["timestamp"] / 1000, window, envelope_id, batch.envelope, body, event["type"]))
+            found.append(_Event(event["timestamp"] / 1000, window, likeness, batch.envelope, body, event["type"]))
     return tuple(found)
 
 
@@ -176,7 +190,7 @@ def visit(name: str, stretch: float, *, is_continued: bool) -> Visit:
             if held and at >= tick:
                 batches.append(_batch(tick, held))
                 held, held_bytes = [], 0
-            elif (held and event.envelope_id != held[-1].envelope_id) or _is_full(held, held_bytes, event):
+            elif (held and event.likeness != held[-1].likeness) or _is_full(held, held_bytes, event):
                 batches.append(_batch(at, held))
                 held, held_bytes = [], 0
             while tick <= at:
@@ -197,7 +211,8 @@ def _batch(due_seconds: float, held: Sequence[_Event]) -> SdkBatch:
     events = tuple(event.body for event in held)
     offsets = tuple(accumulate((len(event) + 1 for event in events), initial=0))
     has_snapshot = any(event.type == _FULL_SNAPSHOT for event in held)
-    return SdkBatch(due_seconds, first.window, first.envelope, first.envelope_id, events, offsets, has_snapshot)
+    size = len(SegmentDeflater().deflate(b",".join(events)))
+    return SdkBatch(due_seconds, first.window, first.envelope, first.likeness, events, offsets, has_snapshot, size)
 
 
 def arrivals(kind: str, sessions: int, seconds: float, seed: int) -> list[Arrival]:

@@ -35,6 +35,7 @@ class ForwardCounts:
         self.batches_delivered = 0
         self.events_delivered = 0
         self.segments_delivered = 0
+        self.batches_of_several_pages = 0
         self.batches_recut = 0
         self.batches_dead_lettered = 0
         self.bytes_sent = 0
@@ -61,4 +62,5 @@ class ForwardCounts:
         self.batches_delivered += 1
         self.events_delivered += batch.event_count
         self.segments_delivered += batch.segment_count
+        self.batches_of_several_pages += batch.envelope_count > 1
         self.delivery_seconds.observe(max(0.0, at - batch.oldest_at))

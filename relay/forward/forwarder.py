@@ -22,6 +22,7 @@ from relay.errors import SpoolDamaged, SpoolUnavailable
 from relay.forward.counts import ForwardCounts
 from relay.forward.lane import Client, Clocks, Lane, LaneStatus
 from relay.forward.slots import Slots
+from relay.protocol.cut import Parting
 from relay.spool.spool import Spool
 from relay.spool.values import Appended, NewBatch, PendingWindow
 from relay.telemetry import Histogram
@@ -54,6 +55,8 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     """Events in them."""
     segments_delivered: int
     """Segments merged into them."""
+    batches_of_several_pages: int
+    """Upstream batches delivered whose events are of several pages, where `batch.merge` allows that."""
     batches_recut: int
     """Batches that upstream refused and that were cut into smaller ones."""
     batches_dead_lettered: int
@@ -166,6 +169,7 @@ class Forwarder:
             batches_delivered=counts.batches_delivered,
             events_delivered=counts.events_delivered,
             segments_delivered=counts.segments_delivered,
+            batches_of_several_pages=counts.batches_of_several_pages,
             batches_recut=counts.batches_recut,
             batches_dead_lettered=counts.batches_dead_lettered,
             bytes_sent=counts.bytes_sent,
@@ -233,10 +237,11 @@ class Forwarder:
                     appended.window_id,
                     batch.event_count,
                     sum(segment.events_bytes for segment in batch.segments),
+                    sum(len(segment.deflated) for segment in batch.segments),
                     batch.accepted_at,
                     int(batch.is_final),
-                    batch.digest,
-                    1,
+                    appended.likeness,
+                    Parting.NOTHING,
                 ),
             )
         )

@@ -27,7 +27,6 @@ from relay.forward.slots import Slots
 from relay.http.client import Reply
 from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
-from relay.protocol.cut import Limits
 from relay.protocol.fingerprint import fingerprint, redact
 from relay.protocol.limit import make_budget
 from relay.protocol.schedule import Choice, Schedule
@@ -147,8 +146,10 @@ class Lane:
         self._slots = slots
         self._refused = refused
         self._log = log.bind(key=fingerprint(key))
-        self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
-        self._schedule = Schedule(self._limits, config.batch.linger_seconds, config.forward.live_share)
+        self._limits = config.batch.limits
+        self._schedule = Schedule(
+            self._limits, config.batch.linger_seconds, config.forward.live_share, config.batch.merge
+        )
         self._budget = make_budget(config.budget.requests_per_minute, config.budget.margin_seconds)
         self._breaker = Breaker(config.forward.breaker_failures)
         self._backoff = Backoff(config.forward.backoff_base_seconds, config.forward.backoff_max_seconds)
@@ -175,10 +176,11 @@ class Lane:
             window.window_id,
             events=window.events,
             events_bytes=window.events_bytes,
+            deflated_bytes=window.deflated_bytes,
             finals=window.finals,
             oldest_at=self._clocks.from_wall(window.oldest_at),
-            digest=window.digest,
-            is_closed=window.envelopes > 1,
+            likeness=window.likeness,
+            inner=window.parting,
         )
         self.wake()
 
@@ -255,7 +257,9 @@ class Lane:
             await self._wait_until_ready()
             await self._slots.acquire()
             now = self._clocks.monotonic()
-            choice = self._schedule.choose(now) if self._ready_at(now) <= now else None
+            choice = None
+            if self._ready_at(now) <= now:
+                choice = self._schedule.choose(now, is_scarce=self._budget.is_scarce(now))
             if choice is None:
                 self._slots.release()
                 continue
@@ -323,7 +327,8 @@ class Lane:
                     self._go_on(choice.session_id, choice.batch_id)
                 return load
             assert choice.window_id is not None  # noqa: S101 - a Choice has one or the other
-            sealed = await self._spool.seal(choice.window_id, partial(self._note_sealed, choice, choice.window_id))
+            announce = partial(self._note_sealed, choice, choice.window_id)
+            sealed = await self._spool.seal(choice.window_id, announce, merges_pages=choice.merges_pages)
             if not isinstance(sealed, Quarantined):
                 return sealed
             self._schedule.release(choice.session_id)
@@ -349,15 +354,16 @@ class Lane:
             window_id,
             events=gone.event_count,
             events_bytes=gone.events_bytes,
+            deflated_bytes=gone.deflated_bytes,
             finals=gone.finals,
             next_oldest_at=left_at,
-            next_is_closed=load.next_is_closed,
+            next_parting=load.next_parting,
         )
         if isinstance(load, Load):
             self._counts.note_sealed(
                 choice.reason,
                 waited_seconds=self._clocks.wall() - load.batch.oldest_at,
-                fullness=self._limits.fullness(load.batch.event_count, load.batch.events_bytes),
+                fullness=self._limits.fullness(gone.event_count, gone.events_bytes, gone.deflated_bytes),
             )
 
     async def _attempt(self, load: Load) -> None:

@@ -101,6 +101,8 @@ class Intake:
     ) -> None:
         self._settings = config.intake
         self._keys = KeyPolicy(config.keys)
+        # By JSON, whatever `batch.measure` says: how far a run deflates is known only once it is a segment. Segments
+        # merge at the seal anyway, and one of at most this size is quickly inflated where it has to be split.
         self._limits = Limits(config.batch.max_events, config.batch.max_bytes)
         self._spool = spool
         self._wall_clock = wall_clock

@@ -17,6 +17,9 @@ from relay.protocol.codings import SegmentDeflater, crc32, crc32_combine, gzip_m
 _COMMA = stored_blocks(b",")
 _COMMA_CRC = crc32(b",")
 
+COMMA_BYTES = len(_COMMA)
+"""What stands between two segments."""
+
 _STORE_PREFIX_BYTES = 512
 """A shorter prefix is stored: deflating it would save less than a packet and cost a compressor."""
 
@@ -52,3 +55,8 @@ def assemble(prefix: bytes, pieces: Sequence[Piece], suffix: bytes) -> bytes:
     stream.append(stored_blocks(suffix, final=True))
     crc = crc32_combine(crc, crc32(suffix), len(suffix))
     return gzip_member(stream, crc, length + len(suffix))
+
+
+def frame_bytes(prefix: bytes, suffix: bytes) -> int:
+    """Return how many bytes `assemble` adds to the segments and the commas between them, exactly."""
+    return len(assemble(prefix, (), suffix))

@@ -59,11 +59,19 @@ class Budget:
         self._expire(now)
         return len(self._ends) + self._in_flight
 
+    def is_scarce(self, now: float) -> bool:
+        """Return whether half of the slots or more are occupied, so that a request begun now delays a later one.
+
+        Never without a limit. Right after an outage requests are plentiful until half of them are spent, which takes
+        seconds where there is a backlog.
+        """
+        return 0 < self._limit * _UNPACED_SHARE <= self.used(now)
+
     def ready_at(self, now: float) -> float:
         """Return from when on a request may begin: `now`, later, or inf while only an end can free a slot."""
-        used = self.used(now)
-        if not self._limit or used < self._limit * _UNPACED_SHARE:
+        if not self.is_scarce(now):
             return now
+        used = len(self._ends) + self._in_flight
         free_at = self._ends[0] + self._window if self._ends else inf
         if used >= self._limit:
             return free_at

@@ -6,7 +6,8 @@ Rules:
    only one that explains.
 3. The envelope is everything of a batch but events, sequence, flush and lastActivityAt, byte for byte, in two
    pieces: what stands before the lastActivityAt of a body, and what stands between it and the sequence. Two batches
-   may share an upstream batch when the pieces are equal.
+   may share an upstream batch when the pieces are equal, or, where `batch.merge` says so, when they are but for the
+   page.
 """
 
 from __future__ import annotations
@@ -49,11 +50,27 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     """`{"session":{…,"lastActivityAt":`"""
     tail: bytes
     """`},"user":…,"page":…,…,"replay":{…"sequence":`"""
+    page_start: int = 0
+    """Where the value of `page` begins in the tail."""
+    page_end: int = 0
+    """Where it ends; 0 where nobody has looked, as in an envelope that comes out of the spool."""
 
     @property
     def digest(self) -> bytes:
         """16 bytes that stand for the envelope: equal envelopes, equal digests."""
-        return blake2b(self.tail, digest_size=16, key=blake2b(self.head, digest_size=32).digest()).digest()
+        return _digest(self.head, self.tail)
+
+    @property
+    def pageless_digest(self) -> bytes:
+        """16 bytes that stand for the envelope without its page's value; for all of it where `page_end` is 0.
+
+        Where the value stood follows from what stands before it, so equal digests mean that all else is equal.
+        """
+        return _digest(self.head, self.tail[: self.page_start] + self.tail[self.page_end :])
+
+
+def _digest(head: bytes, rest: bytes) -> bytes:
+    return blake2b(rest, digest_size=16, key=blake2b(head, digest_size=32).digest()).digest()
 
 
 class ClientBatch(msgspec.Struct, gc=False):
@@ -161,7 +178,7 @@ def _decode_plain(body: bytes, lifted: memoryview | None) -> ClientBatch | None:
         top.replay.sequence,
         top.flush == "final",
         last_activity,
-        Envelope(head, _tail(top.user, top.page, rest, replay_rest)),
+        _envelope(head, top.user, top.page, _rest_of_tail(rest, replay_rest)),
         events[1:-1],
         event_count,
     )
@@ -186,14 +203,14 @@ def _decode_leniently(body: bytes) -> ClientBatch:
     rest, replay_rest = _unknown_members(top)
     if "metadata" in top:
         rest["metadata"] = top["metadata"]
-    tail = _tail(top["user"], top["page"], rest, replay_rest)
+    pieces = (head, bytes(top["user"]), bytes(top["page"]), _rest_of_tail(rest, replay_rest))
     return ClientBatch(
         node_json.restore_text(schema.string(session["id"])),
         node_json.restore_text(schema.string(session["windowId"])),
         int(schema.number(replay["sequence"])),
         flush is not None and schema.string(flush) == "final",
         last_activity,
-        Envelope(node_json.restore(head), node_json.restore(tail)),
+        _envelope(*map(node_json.restore, pieces)),
         node_json.restore(bytes(replay["events"])[1:-1]),
         len(schema.events(replay["events"])),
     )
@@ -225,9 +242,16 @@ def _unknown_members(batch: Mapping[str, Raw]) -> tuple[dict[str, Raw], dict[str
     return rest, {name: value for name, value in replay.items() if name not in _REPLAY_NAMES}
 
 
-def _tail(user: Raw, page: Raw, rest: Mapping[str, Raw], replay_rest: Mapping[str, Raw]) -> bytes:
-    """Return the envelope's second piece."""
-    pieces: list[bytes | Raw] = [b'},"user":', user, b',"page":', page]
+def _envelope(head: bytes, user: bytes | Raw, page: bytes | Raw, rest: bytes) -> Envelope:
+    """Return an envelope whose second piece goes on with `rest` behind the page."""
+    tail = b"".join((b'},"user":', user, b',"page":', page, rest))
+    page_end = len(tail) - len(rest)
+    return Envelope(head, tail, page_end - len(page), page_end)
+
+
+def _rest_of_tail(rest: Mapping[str, Raw], replay_rest: Mapping[str, Raw]) -> bytes:
+    """Return what stands behind the page in the envelope's second piece."""
+    pieces: list[bytes | Raw] = []
     for name, value in rest.items():
         pieces += (b",", _name(name), value)
     pieces.append(b',"replay":{')

@@ -1,8 +1,9 @@
 """The schedule: which session of a key is served next, and when to look again.
 
-A window's pending events form *runs* of equal envelope. What matters of them is whether the first is *complete*: full
-to the limits, closed by a changed envelope behind it, ended by a final, or awaited by a final of its session. A
-complete run costs its request whenever it is sent; an open one may still grow, and costs less the longer it waits.
+A window's pending events form *runs* that may merge: of one envelope, or, where pages are merged, of envelopes that
+differ in nothing else. What matters of them is whether the first is *complete*: full to the limits, closed by a changed
+envelope behind it, ended by a final, or awaited by a final of its session. A complete run costs its request whenever
+it is sent; an open one may still grow, and costs less the longer it waits.
 
 So the order is: sealed batches whose retry is due; complete runs, session by session; open runs that have lingered,
 the oldest first. While requests are plentiful nothing of this shows: whatever is complete or has lingered goes at
@@ -25,6 +26,10 @@ Rules:
    there is a new entry only where something has changed, so they are a few for each choice.
 7. A window takes the same room however much of it is pending. What is counted here is an aid to choosing: the cut is
    made by the spool, from what is really there, and after each the spool says what it left.
+8. With `batch.merge = "page-when-scarce"` the rule of merging changes with every choice, as the caller says. Sessions
+   keep the place that they had by the other rule until they are the first in line: then one with a run that is closed
+   no more goes back to the open ones. The other way round it goes by its age, which where requests are plentiful is
+   soon enough.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from typing import Literal
 
 import msgspec
 
-from relay.protocol.cut import Limits
+from relay.protocol.cut import Likeness, Limits, Merge, Parting, parting
 
 BACKLOG_SECONDS = 600.0
 """Older runs are backlog. In the simulator, quiet readers' runs are sent within 452 s, full or not, while the optimum
@@ -65,31 +70,35 @@ class Choice(msgspec.Struct, frozen=True):
     """The sealed batch to send, again or as a part of a refused one."""
     reason: Reason
     """Why it is due."""
+    merges_pages: bool = False
+    """Whether a changed page does not end the window's batch."""
 
 
 class _Window:
     __slots__ = (
-        "digest",
+        "deflated_bytes",
         "events",
         "events_bytes",
         "finals",
-        "is_closed",
+        "likeness",
         "oldest_at",
+        "parting",
         "session",
         "stamp",
         "window_id",
     )
 
-    def __init__(self, window_id: int, session: _Session, digest: bytes, oldest_at: float) -> None:
+    def __init__(self, window_id: int, session: _Session, likeness: Likeness, oldest_at: float) -> None:
         self.window_id = window_id
         self.session = session
-        self.digest = digest
-        """Of the envelope that was added last."""
-        self.is_closed = False
-        """Whether there is another envelope behind the first run."""
+        self.likeness = likeness
+        """Of what was added last."""
+        self.parting = Parting.NOTHING
+        """What parts the first run from what is behind it."""
         self.oldest_at = oldest_at
         self.events = 0
         self.events_bytes = 0
+        self.deflated_bytes = 0
         self.finals = 0
         self.stamp = 0
         """Of its entry in the session's queue; 0 while it has none."""
@@ -136,10 +145,13 @@ class Schedule:
         limits: Of an upstream batch; a window that reaches one of them is full.
         linger_seconds: How long an open run may wait for company while requests are plentiful.
         live_share: Share of the requests for live traffic, above 0 and below 1, while it and backlog both wait.
+        merge: Whether a changed page closes a run.
     """
 
-    def __init__(self, limits: Limits, linger_seconds: float, live_share: float) -> None:
+    def __init__(self, limits: Limits, linger_seconds: float, live_share: float, merge: Merge = "strict") -> None:
         self._limits = limits
+        self._merge = merge
+        self._merges_pages = merge == "page"
         self._linger = linger_seconds
         self._live_share = live_share
         self._live_credit = 0.0
@@ -176,35 +188,38 @@ class Schedule:
         session_id: int,
         window_id: int,
         *,
-        digest: bytes,
+        likeness: Likeness,
         events: int,
         events_bytes: int,
+        deflated_bytes: int,
         finals: int,
         oldest_at: float,
-        is_closed: bool = False,
+        inner: Parting = Parting.NOTHING,
     ) -> None:
         """Note that segments were accepted in a window.
 
         Args:
             session_id: The window's session.
             window_id: The window.
-            digest: Of the last segment's envelope.
+            likeness: Of the last segment.
             events: Their events.
             events_bytes: Uncompressed.
+            deflated_bytes: As they are sent.
             finals: Segments that end the session.
             oldest_at: When the first of them was accepted.
-            is_closed: Whether they have several envelopes.
+            inner: What parts them from one another.
         """
         session = self._session(session_id)
         window = self._windows.get(window_id)
         if window is None:
-            window = _Window(window_id, session, digest, oldest_at)
+            window = _Window(window_id, session, likeness, oldest_at)
             self._windows[window_id] = session.windows[window_id] = window
         turn_at = self._turn_at(window)
-        window.is_closed |= is_closed or window.digest != digest
-        window.digest = digest
+        window.parting = max(window.parting, inner, parting(window.likeness, likeness))
+        window.likeness = likeness
         window.events += events
         window.events_bytes += events_bytes
+        window.deflated_bytes += deflated_bytes
         window.finals += finals
         session.finals += finals
         if window_id not in session.withheld and (not window.stamp or self._turn_at(window) != turn_at):
@@ -218,9 +233,10 @@ class Schedule:
         *,
         events: int,
         events_bytes: int,
+        deflated_bytes: int,
         finals: int,
         next_oldest_at: float | None,
-        next_is_closed: bool = False,
+        next_parting: Parting = Parting.NOTHING,
     ) -> None:
         """Note that a batch was sealed from a window.
 
@@ -228,17 +244,19 @@ class Schedule:
             window_id: The window.
             events: Events in the batch.
             events_bytes: Uncompressed.
+            deflated_bytes: As they are sent.
             finals: Final segments in it.
             next_oldest_at: When the oldest segment that it left was accepted; None where it left nothing.
-            next_is_closed: Whether another envelope comes behind the first run of what it left.
+            next_parting: What parts the first run of what it left from the rest.
         """
         window = self._windows[window_id]
         session = window.session
         window.events -= events
         window.events_bytes -= events_bytes
+        window.deflated_bytes -= deflated_bytes
         window.finals -= finals
         session.finals -= finals
-        window.is_closed = next_is_closed
+        window.parting = next_parting
         if next_oldest_at is not None:
             window.oldest_at = next_oldest_at
             window.events = max(window.events, 1)  # the spool knows better than the count
@@ -295,8 +313,14 @@ class Schedule:
             return now
         return self._waiting[0][0] if self._waiting else inf
 
-    def choose(self, now: float) -> Choice | None:
-        """Choose what to send and make its session busy; None where nothing is due."""
+    def choose(self, now: float, *, is_scarce: bool = False) -> Choice | None:
+        """Choose what to send and make its session busy; None where nothing is due.
+
+        Args:
+            now: Any monotonic clock, seconds.
+            is_scarce: Whether requests are scarce, as `Budget.is_scarce` has it.
+        """
+        self._merges_pages = self._merge == "page" or (self._merge == "page-when-scarce" and is_scarce)
         self._ripen(now)
         if self._retries:
             session_id = heapq.heappop(self._retries)[-1]
@@ -312,7 +336,7 @@ class Schedule:
         if session.batch_id is not None:
             return Choice(session_id, None, session.batch_id, "part" if session.is_part else "retry")
         window = self._windows[session.queue[0][-1]]
-        return Choice(session_id, window.window_id, None, self._reason(window, now))
+        return Choice(session_id, window.window_id, None, self._reason(window, now), self._merges_pages)
 
     def _next_in_line(self) -> int:
         """Take a session from the line whose turn it is."""
@@ -336,10 +360,17 @@ class Schedule:
     def _is_full(self, window: _Window) -> bool:
         # With a final, more than full: a final that fits in would be cut off and sent alone, if it has to wait.
         spare = 1 if window.finals else 0
-        return window.events >= self._limits.max_events + spare or window.events_bytes >= self._limits.max_bytes + spare
+        return (
+            window.events >= self._limits.max_events + spare
+            or window.events_bytes >= self._limits.max_bytes + spare
+            or window.deflated_bytes >= self._limits.max_gzip_bytes + spare
+        )
+
+    def _is_closed(self, window: _Window) -> bool:
+        return window.parting.parts(merges_pages=self._merges_pages)
 
     def _is_complete(self, window: _Window) -> bool:
-        return window.is_closed or self._is_full(window)
+        return self._is_closed(window) or self._is_full(window)
 
     def _turn_at(self, window: _Window) -> float:
         """Return what orders the windows of a session: an open run counts from when it will be complete by age."""
@@ -351,7 +382,7 @@ class Schedule:
     def _reason(self, window: _Window, now: float) -> Reason:
         if self._is_full(window):
             return "full"
-        if window.is_closed:
+        if self._is_closed(window):
             return "closed"
         if window.session.finals:
             return "final" if window.finals else "awaited"
@@ -425,18 +456,23 @@ class Schedule:
             if is_current:
                 self._backlog.append((stamp, session_id))
         while self._live:
-            is_current = self._is_current(*self._live[0])
+            is_current = self._stays_in_line(*self._live[0])
             if is_current and not self._is_backlog(self._sessions[self._live[0][-1]], now):
                 break
             entry = self._live.popleft()
             if is_current:  # it grew old in line, as all do while upstream is away
                 self._backlog.append(entry)
-        while self._backlog and not self._is_current(*self._backlog[0]):
+        while self._backlog and not self._stays_in_line(*self._backlog[0]):
             self._backlog.popleft()
 
     def _is_backlog(self, session: _Session, now: float) -> bool:
         first = self._first(session)
         return first is not None and first.oldest_at + BACKLOG_SECONDS <= now
+
+    def _stays_in_line(self, stamp: int, session_id: int) -> bool:
+        if self._is_current(stamp, session_id) and self._merge == "page-when-scarce":
+            self._place(self._sessions[session_id])  # which leaves the line if its place is another now
+        return self._is_current(stamp, session_id)
 
     def _ready(self, session: _Session, now: float) -> None:
         _, rank, oldest_at = session.place

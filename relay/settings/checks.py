@@ -230,6 +230,13 @@ def find_warnings(config: Config) -> Iterator[Finding]:
         yield Finding("batch.max_events", "is above upstream's published limit")
     if config.batch.max_bytes > Batch().max_bytes:
         yield Finding("batch.max_bytes", "is above upstream's published limit")
+    if config.batch.measure == "compressed":
+        yield Finding("batch.measure", "assumes that upstream measures after gzip, which nobody has confirmed")
+    if config.batch.merge != "strict":
+        yield Finding(
+            "batch.merge",
+            "assumes that upstream takes a session's pages from its events; those of a batch bear the last page alone",
+        )
     yield from _key_warnings(config)
     yield from _data_warnings(config)
 

@@ -17,7 +17,7 @@ from typing import Any
 import apsw
 
 from relay.protocol.codings import inflate_segment
-from relay.protocol.cut import body_prefix, body_suffix
+from relay.protocol.cut import body_prefix, body_suffix, parting
 from relay.protocol.fingerprint import fingerprint
 from relay.protocol.replay import Envelope
 from relay.spool.segments import Segments
@@ -29,7 +29,9 @@ LETTERS_A_STEP = 500
 _ROW_BYTES = 256
 """What a dead letter takes beside its body, its envelope and upstream's answer: two rows and two index entries."""
 
-_WITHOUT_BATCH = "window_id, address, events, events_bytes, crc, envelope_id, last_activity, is_final, accepted_at"
+_WITHOUT_BATCH = (
+    "window_id, address, events, events_bytes, deflated_bytes, crc, envelope_id, last_activity, is_final, accepted_at"
+)
 """The columns that a segment and a dead letter share, but for the body."""
 
 
@@ -162,11 +164,11 @@ class DeadLetters:
         )
         key_id, key, session_id = row
         self._db.execute("UPDATE session SET refusals = 0 WHERE id = ?", (session_id,))
-        envelopes = {row[5] for row in rows}
-        digest = self._one("SELECT digest FROM envelope WHERE id = ?", (max(envelopes),))
-        events, events_bytes, finals = (sum(row[column] for row in rows) for column in (2, 3, 7))
-        oldest_at = min(row[8] for row in rows)
-        shape = (events, events_bytes, oldest_at, finals, digest, len(envelopes))
+        likenesses = [self._segments.likeness(envelope_id) for envelope_id in sorted({row[6] for row in rows})]
+        last = likenesses[-1]
+        events, events_bytes, deflated_bytes, finals = (sum(row[column] for row in rows) for column in (2, 3, 4, 8))
+        sizes = (events, events_bytes, deflated_bytes)
+        shape = (*sizes, min(row[9] for row in rows), finals, last, max(parting(last, one) for one in likenesses))
         return PendingWindow(key_id, key, session_id, window_id, *shape)
 
 

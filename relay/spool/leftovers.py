@@ -11,13 +11,16 @@ from typing import Any
 
 import apsw
 
+from relay.protocol.cut import Likeness, Parting
+from relay.spool.segments import parting_within
 from relay.spool.values import PendingWindow, SealedBatch
 
 _PENDING = (
-    "SELECT key_id, secret, session_id, found.window_id, events, bytes, oldest, finals, coalesce(digest, x''),"
-    " envelopes FROM (SELECT window_id, sum(events) events, sum(events_bytes) bytes, min(accepted_at) oldest,"
-    " sum(is_final) finals, max(envelope_id) newest, count(DISTINCT envelope_id) envelopes"
-    " FROM segment WHERE window_id {} AND batch_id IS NULL GROUP BY window_id ORDER BY window_id LIMIT ?) found"
+    "SELECT key_id, secret, session_id, found.window_id, events, bytes, deflated, oldest, finals,"
+    " coalesce(digest, x''), coalesce(pageless, x''), envelopes FROM (SELECT window_id, sum(events) events,"
+    " sum(events_bytes) bytes, sum(deflated_bytes) deflated, min(accepted_at) oldest, sum(is_final) finals,"
+    " max(envelope_id) newest, count(DISTINCT envelope_id) envelopes FROM segment"
+    " WHERE window_id {} AND batch_id IS NULL GROUP BY window_id ORDER BY window_id LIMIT ?) found"
     " JOIN window ON window.id = found.window_id JOIN session ON session.id = session_id"
     " JOIN key ON key.id = key_id LEFT JOIN envelope ON envelope.id = newest ORDER BY found.window_id"
 )
@@ -42,14 +45,21 @@ class Leftovers:
             rows: Any = self._db.execute(_PENDING.format("> ?"), (after, max_windows)).fetchall()
         except apsw.CorruptError:
             return self._reachable_windows(after, max_windows)
-        return [PendingWindow(*row) for row in rows]
+        return [self._window(*row) for row in rows]
+
+    def _window(self, *row: Any) -> PendingWindow:
+        *columns, digest, pageless, envelopes = row
+        window_id = columns[3]
+        within = parting_within(self._db, window_id) if envelopes > 1 else Parting.NOTHING
+        whole = (*columns, Likeness(digest, pageless), within)
+        return PendingWindow(*whole)
 
     def _reachable_windows(self, after: int, max_windows: int) -> list[PendingWindow]:
         found: list[PendingWindow] = []
         for window_id in self._window_ids(after):
             with suppress(apsw.CorruptError):
                 rows: Any = self._db.execute(_PENDING.format("= ?"), (window_id, 1)).fetchall()
-                found += [PendingWindow(*row) for row in rows]
+                found += [self._window(*row) for row in rows]
             if len(found) == max_windows:
                 break
         return found
@@ -89,15 +99,14 @@ class Leftovers:
             raise LookupError(f"batch {batch_id} is not there")
         key_id, session_id, window_id, sequence, envelope_id, last_activity, is_final, events, last = batch
         sums: Any = self._db.execute(
-            "SELECT count(*), sum(events_bytes), sum(is_final), min(accepted_at) FROM segment"
-            " WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id = ?",
+            "SELECT count(*), count(DISTINCT envelope_id), sum(events_bytes), sum(deflated_bytes), sum(is_final),"
+            " min(accepted_at) FROM segment WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id = ?",
             (window_id, sequence, last, batch_id),
         ).fetchone()
         if sums[0] == 0:
             raise LookupError(f"the segments of batch {batch_id} are not there")
-        segments, events_bytes, finals, oldest_at = sums
+        *sizes, finals, oldest_at = sums
         sealed = SealedBatch(
-            *(batch_id, key_id, session_id, window_id, sequence, events, segments, events_bytes),
-            *(finals, bool(is_final), oldest_at),
+            *(batch_id, key_id, session_id, window_id, sequence, events, *sizes, finals, bool(is_final), oldest_at)
         )
         return sealed, envelope_id, last_activity

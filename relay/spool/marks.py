@@ -26,7 +26,7 @@ import apsw
 import msgspec
 
 from relay.protocol.codings import inflate_segment
-from relay.protocol.cut import address
+from relay.protocol.cut import Likeness, Parting, address
 from relay.protocol.node_json import split_events
 from relay.protocol.reuse import Earlier
 from relay.protocol.schema import MAX_BATCH_EVENTS, MAX_SEQUENCE
@@ -186,12 +186,13 @@ class Marks:
             return "too late"
         envelope_id, accepted_at = changed
         found: Any = self._db.execute(
-            "SELECT key_id, secret, session_id, digest FROM window JOIN session ON session.id = session_id"
+            "SELECT key_id, secret, session_id, digest, pageless FROM window JOIN session ON session.id = session_id"
             " JOIN key ON key.id = key_id JOIN envelope ON envelope.id = ? WHERE window.id = ?",
             (envelope_id, window_id),
         ).fetchone()
-        key_id, key, owner_id, digest = found
-        return PendingWindow(key_id, key, owner_id, window_id, 0, 0, accepted_at, 1, digest, 1)
+        key_id, key, owner_id, *digests = found
+        shape = (0, 0, 0, accepted_at, 1, Likeness(*digests), Parting.NOTHING)
+        return PendingWindow(key_id, key, owner_id, window_id, *shape)
 
 
 def read_events(reader: apsw.Connection, earlier: Earlier) -> Iterator[bytes]:

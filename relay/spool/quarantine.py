@@ -18,7 +18,7 @@ import apsw
 
 from relay.protocol.assemble import Piece
 from relay.spool.dead_letters import DeadLetters
-from relay.spool.segments import is_intact
+from relay.spool.segments import is_intact, parting_within
 from relay.spool.values import Quarantined
 
 _PIECES = (
@@ -109,18 +109,18 @@ class Quarantine:
         shapes = []
         for address in found.addresses:
             shapes += self._db.execute(
-                "SELECT events, events_bytes, is_final FROM segment WHERE window_id = ? AND address = ?",
+                "SELECT events, events_bytes, deflated_bytes, is_final FROM segment"
+                " WHERE window_id = ? AND address = ?",
                 (found.window_id, address),
             ).fetchall()
             self._dead_letters.bury_damaged(found.window_id, address, found.reason, now, has_bytes=found.has_bytes)
-        events, events_bytes, finals = (sum(column) for column in zip(*shapes, strict=True))
+        events, run, deflated, finals = (sum(column) for column in zip(*shapes, strict=True))
         if found.batch_id is not None:
             self._db.execute("UPDATE batch SET events = events - ? WHERE id = ?", (events, found.batch_id))
             self._db.execute("DELETE FROM batch WHERE id = ? AND events <= 0", (found.batch_id,))
-        [(oldest_at, envelopes)] = self._db.execute(
-            "SELECT min(accepted_at), count(DISTINCT envelope_id) FROM segment"
-            " WHERE window_id = ? AND batch_id IS NULL",
-            (found.window_id,),
+        [(oldest_at,)] = self._db.execute(
+            "SELECT min(accepted_at) FROM segment WHERE window_id = ? AND batch_id IS NULL", (found.window_id,)
         )
         left = self._db.execute("SELECT 1 FROM batch WHERE id = ?", (found.batch_id,)).fetchone()
-        return Quarantined(len(shapes), events, events_bytes, finals, left is not None, oldest_at, envelopes > 1)
+        within = parting_within(self._db, found.window_id)
+        return Quarantined(len(shapes), events, run, deflated, finals, left is not None, oldest_at, within)

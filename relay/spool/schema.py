@@ -22,6 +22,8 @@ Rules:
 8. A dead letter's row is its segment's, moved; its body and envelope stay where they are.
 9. `segment.crc` is of the events, for the upstream body; `body.crc` is of the bytes as they lie on the disk, and held
    against them whenever they are read.
+10. A batch bears the envelope of its last segment, whatever `batch.merge` says when it is sent. `envelope.pageless` is
+    the digest of all but the page; envelopes that agree in it may share a batch where pages are merged.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ CREATE TABLE window (
     id INTEGER PRIMARY KEY AUTOINCREMENT, session_id INTEGER NOT NULL, name TEXT NOT NULL, shift INTEGER NOT NULL,
     UNIQUE (session_id, name));
 CREATE TABLE envelope (
-    id INTEGER PRIMARY KEY, window_id INTEGER NOT NULL, digest BLOB NOT NULL,
+    id INTEGER PRIMARY KEY, window_id INTEGER NOT NULL, digest BLOB NOT NULL, pageless BLOB NOT NULL,
     head BLOB NOT NULL, tail BLOB NOT NULL, UNIQUE (window_id, digest));
 CREATE TABLE mark (
     id INTEGER PRIMARY KEY, session_id INTEGER NOT NULL, block INTEGER NOT NULL, window_id INTEGER NOT NULL,
@@ -76,8 +78,8 @@ CREATE UNIQUE INDEX mark_block ON mark (session_id, block, window_id, first_inde
 CREATE INDEX mark_moved ON mark (window_id, sequence) WHERE block <> sequence;
 CREATE TABLE segment (
     window_id INTEGER NOT NULL, address INTEGER NOT NULL, events INTEGER NOT NULL, events_bytes INTEGER NOT NULL,
-    crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL, is_final INTEGER NOT NULL,
-    accepted_at REAL NOT NULL, batch_id INTEGER, body_id INTEGER NOT NULL,
+    deflated_bytes INTEGER NOT NULL, crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL,
+    is_final INTEGER NOT NULL, accepted_at REAL NOT NULL, batch_id INTEGER, body_id INTEGER NOT NULL,
     PRIMARY KEY (window_id, address)) WITHOUT ROWID;
 CREATE TABLE body (id INTEGER PRIMARY KEY, crc INTEGER NOT NULL, deflated BLOB NOT NULL);
 CREATE TABLE batch (
@@ -87,9 +89,10 @@ CREATE TABLE batch (
 CREATE INDEX batch_session ON batch (session_id);
 CREATE TABLE dead_letter (
     id INTEGER PRIMARY KEY AUTOINCREMENT, window_id INTEGER NOT NULL, address INTEGER NOT NULL,
-    events INTEGER NOT NULL, events_bytes INTEGER NOT NULL, crc INTEGER NOT NULL, envelope_id INTEGER NOT NULL,
-    last_activity BLOB NOT NULL, is_final INTEGER NOT NULL, accepted_at REAL NOT NULL, body_id INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, status INTEGER NOT NULL, answer TEXT NOT NULL, died_at REAL NOT NULL);
+    events INTEGER NOT NULL, events_bytes INTEGER NOT NULL, deflated_bytes INTEGER NOT NULL, crc INTEGER NOT NULL,
+    envelope_id INTEGER NOT NULL, last_activity BLOB NOT NULL, is_final INTEGER NOT NULL, accepted_at REAL NOT NULL,
+    body_id INTEGER NOT NULL, bytes INTEGER NOT NULL, status INTEGER NOT NULL, answer TEXT NOT NULL,
+    died_at REAL NOT NULL);
 CREATE INDEX dead_letter_window ON dead_letter (window_id, envelope_id);
 CREATE TABLE attempt (key_id INTEGER NOT NULL, at REAL NOT NULL);
 CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;

@@ -12,7 +12,7 @@ from typing import Any
 import apsw
 
 from relay.protocol.codings import SegmentDeflater, crc32, inflate_segment
-from relay.protocol.cut import Limits, cut_runs
+from relay.protocol.cut import Cut, Likeness, Limits, Parting, cut_runs, take_part
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import ClientBatch, Envelope
 from relay.protocol.reuse import Known, rest_of
@@ -85,7 +85,7 @@ class Segments:
 
     def reset(self) -> None:
         """Forget everything that a rolled-back transaction may have put into memory."""
-        self._envelopes: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+        self._envelopes: OrderedDict[tuple[int, bytes], tuple[int, Likeness]] = OrderedDict()
         self._next_body = 0
         """Row of the next body; 0 where the disk has to be asked."""
 
@@ -106,26 +106,33 @@ class Segments:
             raise LookupError(f"envelope {envelope_id} is missing")
         return Envelope(*row)
 
-    def keep_envelope(self, window_id: int, digest: bytes, envelope: Envelope) -> int:
-        """Return the row of an envelope, made where the window has none like it."""
+    def likeness(self, envelope_id: int) -> Likeness:
+        """Return what decides with which others the segments of an envelope may merge; no others, if it is missing."""
+        row: Any = self._db.execute("SELECT digest, pageless FROM envelope WHERE id = ?", (envelope_id,)).fetchone()
+        return Likeness(*row) if row else Likeness(b"", b"")
+
+    def keep_envelope(self, window_id: int, digest: bytes, envelope: Envelope) -> tuple[int, Likeness]:
+        """Return the row and the likeness of an envelope, made where the window has none like it."""
         identity = (window_id, digest)
-        envelope_id: int | None = self._envelopes.get(identity)
-        if envelope_id is not None:
-            return envelope_id
+        kept = self._envelopes.get(identity)
+        if kept is not None:
+            return kept
+        likeness = Likeness(digest, envelope.pageless_digest)
         envelope_id = self._one("SELECT id FROM envelope WHERE window_id = ? AND digest = ?", identity)
         if envelope_id is None:
             self._db.execute(
-                "INSERT INTO envelope VALUES (NULL, ?, ?, ?, ?)", (*identity, envelope.head, envelope.tail)
+                "INSERT INTO envelope VALUES (NULL, ?, ?, ?, ?, ?)",
+                (*identity, likeness.pageless, envelope.head, envelope.tail),
             )
             envelope_id = self._db.last_insert_rowid()
-        self._envelopes[identity] = envelope_id
+        self._envelopes[identity] = kept = (envelope_id, likeness)
         if len(self._envelopes) > _CACHE_ENTRIES:
             self._envelopes.popitem(last=False)
-        return envelope_id
+        return kept
 
     def drop_envelope(self, window_id: int, envelope_id: int) -> None:
-        """Remove an envelope, unless something of its window is still in it."""
-        for table in ("segment", "dead_letter"):
+        """Remove an envelope, unless something of its window is still in it, or a batch is sent with it."""
+        for table in ("segment", "dead_letter", "batch"):
             sql = f"SELECT 1 FROM {table} WHERE window_id = ? AND envelope_id = ? LIMIT 1"  # noqa: S608 - our tables
             if self._one(sql, (window_id, envelope_id)):
                 return
@@ -143,7 +150,7 @@ class Segments:
 
     def add(self, *columns: Any) -> None:
         """Store a segment; takes the table's columns in order."""
-        self._db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns)
+        self._db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", columns)
 
     def events(self, body_id: int, events_bytes: int) -> Sequence[bytes]:
         """Return the events of a segment.
@@ -156,7 +163,16 @@ class Segments:
             raise LookupError(f"body {body_id} is missing, or not as it was stored")
         return split_events(inflate_segment(row[0], events_bytes))
 
-    def divide(self, window_id: int, address: int, events: Sequence[bytes], taken: int) -> None:
+    def split(self, window_id: int, address: int, events: Sequence[bytes], cut: Cut) -> bool:
+        """Make two segments of one, the first of which a cut takes; returns whether it takes anything of it."""
+        taken, deflated = take_part(events, cut, self._deflater.deflate)
+        if taken:
+            self.divide(window_id, address, events, taken, deflated)
+        return bool(taken)
+
+    def divide(
+        self, window_id: int, address: int, events: Sequence[bytes], taken: int, deflated: bytes | None = None
+    ) -> None:
         """Make two segments of one.
 
         Args:
@@ -164,6 +180,7 @@ class Segments:
             address: Of the segment; the first part keeps it.
             events: What `events` returned of it.
             taken: Events of the first part: at least 1, and not all. Blanks between events are not kept.
+            deflated: The first part as a segment, where that is known.
         """
         (row,) = self._db.execute(
             "DELETE FROM segment WHERE window_id = ? AND address = ?"
@@ -175,6 +192,19 @@ class Segments:
         for first, part in ((0, events[:taken]), (taken, events[taken:])):
             run = b",".join(part)
             ends = is_final if first else 0
-            shape = (window_id, address + first, len(part), len(run), crc32(run), envelope_id)
-            part_body = self.add_body(self._deflater.deflate(run))
-            self.add(*shape, last_activity, ends, accepted_at, batch_id, part_body)
+            body = deflated if deflated and not first else self._deflater.deflate(run)
+            shape = (window_id, address + first, len(part), len(run), len(body), crc32(run), envelope_id)
+            self.add(*shape, last_activity, ends, accepted_at, batch_id, self.add_body(body))
+
+
+def parting_within(connection: apsw.Connection, window_id: int) -> Parting:
+    """Return what parts the unsealed segments of a window from one another."""
+    row: Any = connection.execute(
+        "SELECT count(DISTINCT envelope_id), count(DISTINCT coalesce(pageless, x'')) FROM segment"
+        " LEFT JOIN envelope ON envelope.id = envelope_id WHERE segment.window_id = ? AND batch_id IS NULL",
+        (window_id,),
+    ).fetchone()
+    envelopes, others = row
+    if envelopes < 2:
+        return Parting.NOTHING
+    return Parting.ENVELOPE if others > 1 else Parting.PAGE

@@ -203,15 +203,17 @@ class Spool:
     # -- what goes out
 
     async def seal(
-        self, window_id: int, announce: Callable[[Load | Quarantined | None], None]
+        self, window_id: int, announce: Callable[[Load | Quarantined | None], None], *, merges_pages: bool = False
     ) -> Load | Quarantined | None:
         """Cut the window's next upstream batch durably and return it; None where nothing may be sent now.
 
         Where damage was met, that was set aside and there may be more to seal. `announce` hears the same in order of
-        commit (rule 3).
+        commit (rule 3). With `merges_pages` a changed page does not end the batch.
         """
         try:
-            return await self._step(lambda: self._store.seal(window_id, self._now()), announce)
+            return await self._step(
+                lambda: self._store.seal(window_id, self._now(), merges_pages=merges_pages), announce
+            )
         except Unreadable as found:
             return await self._set_aside(found, announce)
 

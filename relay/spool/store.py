@@ -7,7 +7,8 @@ done only when `transact` returns. None of them reads what a rolled-back step le
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ from relay.protocol.assemble import Piece, assemble
 from relay.protocol.cut import (
     Cut,
     Limits,
+    Parting,
     Pending,
     address,
     body_prefix,
@@ -24,7 +26,7 @@ from relay.protocol.cut import (
     choose_cut,
     halve,
     later_activity,
-    take,
+    parting,
 )
 from relay.protocol.replay import Envelope
 from relay.spool.dead_letters import DeadLetters
@@ -44,9 +46,10 @@ _MAX_REFUSALS = 10
 down to any one of them that is bad; and where everything is bad, they are all that is spent on finding that out."""
 
 _SELECT = (
-    "SELECT address, events, events_bytes, envelope_id, last_activity, is_final, body_id, accepted_at FROM segment"
+    "SELECT address, events, events_bytes, envelope_id, last_activity, is_final, body_id, accepted_at, deflated_bytes"
+    " FROM segment"
 )
-"""What a cut must know of a segment: the members of `Pending`, and two more."""
+"""What a cut must know of a segment."""
 
 _Rows: TypeAlias = tuple[int, int, int, str, int]
 """Rows of a key, a session and a window, the key, and the window's shift (`Marks`, rule 4)."""
@@ -102,7 +105,7 @@ class Store(Transactions):
         if place.block - batch.sequence > shift:
             self._db.execute("UPDATE window SET shift = ? WHERE id = ?", (place.block - batch.sequence, window_id))
             self._windows.clear()  # a pool's keys may have led to the window several times
-        envelope_id = self._segments.keep_envelope(window_id, batch.digest, batch.envelope)
+        envelope_id, likeness = self._segments.keep_envelope(window_id, batch.digest, batch.envelope)
         last = len(batch.segments) - 1
         for position, segment in enumerate(batch.segments):
             body_id = self._segments.add_body(segment.deflated)
@@ -111,6 +114,7 @@ class Store(Transactions):
                 address(place.block, place.first_index + segment.index),
                 segment.event_count,
                 segment.events_bytes,
+                len(segment.deflated),
                 segment.crc,
                 envelope_id,
                 batch.last_activity,
@@ -120,7 +124,7 @@ class Store(Transactions):
                 body_id,
             )
         self._count("accepted", batch.event_count)
-        return Appended("stored", key_id, session_id, window_id, key)
+        return Appended("stored", key_id, session_id, window_id, key, likeness)
 
     def _window_rows(self, batch: NewBatch) -> _Rows | None:
         """Return key, session and window, made where needed; None for a key too many."""
@@ -161,12 +165,13 @@ class Store(Transactions):
 
     # -- cutting and sending
 
-    def seal(self, window_id: int, now: float) -> Load | None:
+    def seal(self, window_id: int, now: float, *, merges_pages: bool = False) -> Load | None:
         """Cut the window's next upstream batch, record the cut and the attempt, and return it.
 
         Args:
             window_id: Row of the window.
             now: Wall clock.
+            merges_pages: Whether a changed page does not end the batch.
 
         Returns:
             None where nothing may be sent now: nothing is pending, or a final waits for the rest of its session.
@@ -184,10 +189,14 @@ class Store(Transactions):
         )
         if not rows:
             return None
-        pending = [Pending(*row[:6]) for row in rows]
+        likeness = {envelope_id: self._segments.likeness(envelope_id) for envelope_id in {row[3] for row in rows}}
+        pending = [
+            Pending(start, events, events_bytes, deflated_bytes, envelope_id, likeness[envelope_id], activity, ends)
+            for start, events, events_bytes, envelope_id, activity, ends, _, _, deflated_bytes in rows
+        ]
+        envelope = partial(self._envelope, window_id=window_id, segments=[(row[0], row[3]) for row in rows])
         for first in range(len(rows)):
-            envelope = self._envelope(pending[first].envelope_id, window_id, pending)
-            choice, is_final = self._choose(session_id, window_id, pending[first:], envelope)
+            choice, is_final = self._choose(session_id, window_id, pending[first:], envelope, merges_pages=merges_pages)
             if choice.whole or choice.split_events:
                 break
             # A final that has to wait. The window went on behind it, if at all; that goes first.
@@ -196,20 +205,28 @@ class Store(Transactions):
         end = first + choice.whole
         chosen = rows[first:end]
         if choice.split_events:
-            part = self._split(window_id, rows[end], choice)
-            if part is not None:
-                chosen.append(part)
+            # Never all of it, though the blanks between events that are dropped here could make it fit: the cut went by
+            # the stored size, and by that decided whether this ends the session.
+            start, _, events_bytes, *_ = rows[end]
+            try:
+                events = self._segments.events(rows[end][6], events_bytes)
+            except (LookupError, apsw.CorruptError) as error:
+                raise Unreadable(window_id, [start], str(error), has_bytes=isinstance(error, LookupError)) from error
+            if self._segments.split(window_id, start, events, choice):
+                chosen.append(self._row(f"{_SELECT} WHERE window_id = ? AND address = ?", (window_id, start)))
         left = rows[:first] or rows[end:]
         pieces = read_pieces(self._db, window_id, [row[0] for row in chosen], None)
         batch_id = self._add_batch(session_id, window_id, chosen, now, is_final=is_final)
         self._record_attempt(key_id, now)
-        next_is_closed = any(row[3] != left[0][3] for row in left)
-        return self._load(batch_id, pieces, left[0][7] if left else None, next_is_closed=next_is_closed)
+        if not left:
+            return self._load(batch_id, pieces)
+        next_parting = max(parting(likeness[left[0][3]], likeness[row[3]]) for row in left)
+        return self._load(batch_id, pieces, left[0][7], next_parting)
 
     def _envelope(
-        self, envelope_id: int, window_id: int, segments: Sequence[Pending], batch_id: int | None = None
+        self, envelope_id: int, window_id: int, segments: Sequence[tuple[int, int]], batch_id: int | None = None
     ) -> Envelope:
-        """Return the envelope of segments, some of a window's pending ones or all of a batch.
+        """Return the envelope of segments (address, envelope), some of a window's pending ones or all of a batch.
 
         Raises:
             Unreadable: It is missing, so they cannot be sent.
@@ -217,7 +234,7 @@ class Store(Transactions):
         try:
             return self._segments.envelope(envelope_id)
         except LookupError as error:
-            orphans = [segment.address for segment in segments if segment.envelope_id == envelope_id or batch_id]
+            orphans = [address for address, its_envelope in segments if its_envelope == envelope_id or batch_id]
             raise Unreadable(window_id, orphans, str(error), batch_id=batch_id) from error
 
     def _add_batch(
@@ -230,14 +247,17 @@ class Store(Transactions):
         is_final: bool,
         of_batch: int | None = None,
     ) -> int:
-        """Record a cut of segments (`_SELECT`) that are unsealed, or all `of_batch`, and return its row."""
+        """Record a cut of segments (`_SELECT`) that are unsealed, or all `of_batch`, and return its row.
+
+        It bears the last one's envelope.
+        """
         last_activity = b""
         for row in chosen:
             last_activity = later_activity(last_activity, row[4])
         place = (window_id, chosen[0][0], chosen[-1][0])
         batch_id = self._insert(
             "INSERT INTO batch VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *(session_id, *place, chosen[0][3], last_activity, is_final, sum(row[1] for row in chosen), now),
+            *(session_id, *place, chosen[-1][3], last_activity, is_final, sum(row[1] for row in chosen), now),
         )
         self._db.execute(
             "UPDATE segment SET batch_id = ? WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id IS ?",
@@ -245,13 +265,22 @@ class Store(Transactions):
         )
         return batch_id
 
-    def _choose(self, session_id: int, window_id: int, pending: list[Pending], envelope: Envelope) -> tuple[Cut, bool]:
+    def _choose(
+        self,
+        session_id: int,
+        window_id: int,
+        pending: list[Pending],
+        envelope: Callable[[int], Envelope],
+        *,
+        merges_pages: bool,
+    ) -> tuple[Cut, bool]:
         """Choose the cut, and whether it is sent as the final of its session.
 
         A final waits until it is all that the session has left. If another final of the session is pending behind it,
         that one will end the session, and this one goes as a normal batch: they would wait for each other.
         """
-        choice = choose_cut(pending, envelope, self._limits, allow_final=True)
+        choose = partial(choose_cut, pending, envelope, self._limits, merges_pages=merges_pages)
+        choice = choose(allow_final=True)
         if choice.whole == 0 or not pending[choice.whole - 1].is_final:
             return choice, False
         in_session = self._one(
@@ -268,22 +297,7 @@ class Store(Transactions):
         )
         if later_final:
             return choice, False
-        return choose_cut(pending, envelope, self._limits, allow_final=False), False
-
-    def _split(self, window_id: int, row: tuple[Any, ...], choice: Cut) -> tuple[Any, ...] | None:
-        """Split a pending segment at an event boundary; returns its first part's row, None where no event fits."""
-        start, count, events_bytes, *_ = row
-        try:
-            events = self._segments.events(row[6], events_bytes)
-        except (LookupError, apsw.CorruptError) as error:
-            raise Unreadable(window_id, [start], str(error), has_bytes=isinstance(error, LookupError)) from error
-        taken = take(events, 0, choice.split_events, choice.split_bytes)
-        if taken == 0 and choice.whole:
-            return None
-        # Never all of it, though the blanks between events that are dropped here could make it fit: the cut went by the
-        # stored size, and by that decided whether this ends the session.
-        self._segments.divide(window_id, start, events, min(max(taken, 1), count - 1))
-        return self._row(f"{_SELECT} WHERE window_id = ? AND address = ?", (window_id, start))
+        return choose(allow_final=False), False
 
     def load(self, batch_id: int, now: float) -> Load:
         """Return a sealed batch to be sent again, and record the attempt.
@@ -293,7 +307,7 @@ class Store(Transactions):
         """
         sealed, envelope_id, _ = self.leftovers.sealed(batch_id)
         rows = self._segments_of(sealed)
-        self._envelope(envelope_id, sealed.window_id, [Pending(*row[:6]) for row in rows], batch_id)
+        self._envelope(envelope_id, sealed.window_id, [(row[0], row[3]) for row in rows], batch_id)
         pieces = read_pieces(self._db, sealed.window_id, [row[0] for row in rows], batch_id)
         self._record_attempt(sealed.key_id, now)
         return self._load(batch_id, pieces)
@@ -303,19 +317,18 @@ class Store(Transactions):
         batch_id: int,
         pieces: Sequence[Piece],
         next_oldest_at: float | None = None,
-        *,
-        next_is_closed: bool = False,
+        next_parting: Parting = Parting.NOTHING,
     ) -> Load:
         sealed, envelope_id, last_activity = self.leftovers.sealed(batch_id)
         prefix = body_prefix(self._segments.envelope(envelope_id), last_activity, sealed.sequence)
         body = assemble(prefix, pieces, body_suffix(is_final=sealed.is_final))
-        return Load(sealed, body, next_oldest_at, next_is_closed)
+        return Load(sealed, body, next_oldest_at, next_parting)
 
     def _record_attempt(self, key_id: int, now: float) -> None:
         self._db.execute("INSERT INTO attempt VALUES (?, ?)", (key_id, now))
 
     def settle(self, batch_id: int, *, keeps_bodies: bool = False) -> None:
-        """Remove a batch that upstream has taken, with its segments and, where nothing else needs it, its envelope.
+        """Remove a batch that upstream has taken, with its segments and those envelopes that nothing else needs.
 
         Args:
             batch_id: Row of the batch.
@@ -327,11 +340,12 @@ class Store(Transactions):
             self._db.execute(
                 "DELETE FROM body WHERE id IN (SELECT body_id FROM segment WHERE window_id = ? AND batch_id = ?)", mine
             )
-        self._db.execute("DELETE FROM segment WHERE window_id = ? AND batch_id = ?", mine)
+        deleted = self._all("DELETE FROM segment WHERE window_id = ? AND batch_id = ? RETURNING envelope_id", mine)
         self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
         self._db.execute("UPDATE session SET refusals = 0 WHERE id = ? AND refusals", (sealed.session_id,))
         self._count("delivered", sealed.event_count)
-        self._segments.drop_envelope(sealed.window_id, envelope_id)
+        for needless in {envelope_id, *(row[0] for row in deleted)}:
+            self._segments.drop_envelope(sealed.window_id, needless)
 
     # -- what upstream refuses
 
@@ -377,7 +391,7 @@ class Store(Transactions):
         rows = self._segments_of(sealed)
         if len(rows) > 1:
             return list(range(1, len(rows) + 1)) if cut == "alone" else [halve([row[2] for row in rows]), len(rows)]
-        start, count, events_bytes, _, _, _, body_id, _ = rows[0]
+        start, count, events_bytes, _, _, _, body_id, *_ = rows[0]
         refusals = self._one("SELECT refusals FROM session WHERE id = ?", (sealed.session_id,))
         if count == 1 or (cut == "alone" and refusals > _MAX_REFUSALS):
             return []

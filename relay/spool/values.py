@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from relay.protocol.cut import Likeness, Parting
 from relay.protocol.replay import Envelope
 from relay.protocol.reuse import Earlier, Known
 
@@ -80,6 +81,8 @@ class Appended(msgspec.Struct, frozen=True, gc=False):
     """Row of the window."""
     key: str = ""
     """The key's secret: the batch's own, or that of its `other_keys` under which the session is known."""
+    likeness: Likeness = Likeness(b"", b"")
+    """Of its envelope; only where it was stored."""
     earlier: tuple[Earlier, ...] = ()
     """What a batch that `differs` has to be compared with."""
     final: PendingWindow | Literal["as before", "too late"] = "as before"
@@ -98,14 +101,16 @@ class PendingWindow(msgspec.Struct, frozen=True, gc=False):
     """Sum of its segments."""
     events_bytes: int
     """Uncompressed."""
+    deflated_bytes: int
+    """As they are sent."""
     oldest_at: float
     """Wall clock of the oldest segment's acceptance."""
     finals: int
     """Segments that end the session."""
-    digest: bytes
-    """Of the envelope of the last of them."""
-    envelopes: int
-    """Different ones among them; with several, what stands before the first change will not grow."""
+    likeness: Likeness
+    """Of the last of them."""
+    parting: Parting
+    """What parts them from one another; what stands before it will not grow."""
 
 
 class SealedBatch(msgspec.Struct, frozen=True, gc=False):
@@ -122,8 +127,12 @@ class SealedBatch(msgspec.Struct, frozen=True, gc=False):
     """Events in it."""
     segment_count: int
     """Segments merged into it."""
+    envelope_count: int
+    """Envelopes of these; the batch bears the last one's."""
     events_bytes: int
     """Uncompressed, without the commas between segments."""
+    deflated_bytes: int
+    """As they are sent, without these commas."""
     finals: int
     """Final segments in it: 0 or 1."""
     is_final: bool
@@ -141,14 +150,16 @@ class Quarantined(msgspec.Struct, frozen=True, gc=False):
     """In them."""
     events_bytes: int
     """Uncompressed."""
+    deflated_bytes: int
+    """As they would have been sent."""
     finals: int
     """Of them, those that end their session."""
     has_batch: bool
     """Whether the sealed batch that they were part of has other segments."""
     next_oldest_at: float | None
     """Wall clock of acceptance of what is still pending in the window; None where nothing is."""
-    next_is_closed: bool
-    """Whether that has several envelopes."""
+    next_parting: Parting
+    """What parts that from one another."""
 
 
 class Load(msgspec.Struct, frozen=True, gc=False):
@@ -160,8 +171,8 @@ class Load(msgspec.Struct, frozen=True, gc=False):
     """Its gzip body; the same bytes at every call."""
     next_oldest_at: float | None = None
     """Wall clock of acceptance of what the cut left in the window; None where it left nothing, or on a retry."""
-    next_is_closed: bool = False
-    """Whether another envelope comes behind the first run of that."""
+    next_parting: Parting = Parting.NOTHING
+    """What parts the first run of that from the rest."""
 
 
 Recut: TypeAlias = Literal["alone", "halves"]

@@ -36,13 +36,14 @@ def make_body(
     events: Sequence[bytes] | None = None,
     *,
     page: str = "https://shop.example/",
+    user: str = "a",
     last_activity: float = 2,
     flush: str = "",
 ) -> bytes:
     """Return a client's body with events exactly as given; by default one that names its place."""
     batch: dict[str, Any] = {
         "session": {"id": session, "windowId": window, "startedAt": 1, "lastActivityAt": last_activity, "url": "u"},
-        "user": {"anonymousId": "a"},
+        "user": {"anonymousId": user},
         "page": {"url": page},
         "replay": {"events": [], "sequence": sequence},
     }

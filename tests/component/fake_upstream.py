@@ -16,7 +16,6 @@ from relay.errors import ExchangeFailed
 from relay.forward.forwarder import Forwarder
 from relay.forward.lane import Client, Clocks
 from relay.http.client import Reply
-from relay.protocol.cut import Limits
 from relay.spool.spool import Run, Spool
 from tests.accounting import assert_accounted
 from tests.component.batches import UpstreamBatch, make_batch, make_body, read_upstream
@@ -158,14 +157,11 @@ def _only_event(body: bytes) -> bytes:
     return body.partition(b'"events":[')[2].partition(b'], "sequence"')[0]
 
 
-def make_config(
-    *, linger_seconds: float = 5.0, requests_per_minute: int = 100, max_events: int = 500, **forward: Any
-) -> Config:
-    """Return a configuration with the options that forwarding tests vary."""
+def make_config(*, requests_per_minute: int = 100, **options: Any) -> Config:
+    """Return a configuration with the options that forwarding tests vary: of the sections `batch` and `forward`."""
+    batch = {name: options.pop(name) for name in Batch.__struct_fields__ if name in options}
     return Config(
-        batch=Batch(linger_seconds=linger_seconds, max_events=max_events),
-        budget=Budget(requests_per_minute=requests_per_minute),
-        forward=Forward(**forward),
+        batch=Batch(**batch), budget=Budget(requests_per_minute=requests_per_minute), forward=Forward(**options)
     )
 
 
@@ -185,9 +181,8 @@ async def forwarding(
     `client` is what leads to upstream where that does not stand in for it; `spool` are options of that section.
     """
     config = config or make_config()
-    limits = Limits(config.batch.max_events, config.batch.max_bytes)
     clocks = Clocks(trio.current_time, wall_clock, Random(seed).random)
-    async with opened_spool(directory, limits=limits, run=run, **spool) as opened:
+    async with opened_spool(directory, limits=config.batch.limits, run=run, **spool) as opened:
         forwarder = Forwarder(config, opened, client or upstream, clocks)
         it = Forwarding(opened, forwarder, upstream)
         async with trio.open_nursery() as nursery:

@@ -44,15 +44,19 @@ async def fill(it: Forwarding) -> None:
 async def test_cancelled_anywhere_everything_is_delivered_once(
     tmp_path: Path, autojump_clock: MockClock, steps: int
 ) -> None:
-    """Cancel everything before the n-th step of any task, of some 110: the next run delivers what is left, once."""
+    """Cancel everything before the n-th step of any task, of some 110: the next run delivers what is left, once.
+
+    Half of the runs merge pages, and the next ones do not.
+    """
     upstream = FakeUpstream(max_events=7)
     config = make_config(max_events=7, linger_seconds=0.2)
+    merging = make_config(max_events=7, linger_seconds=0.2, merge="page")
     accepted: list[bytes] = []
     with trio.CancelScope() as scope:
         countdown = Countdown(scope, steps)
         trio.lowlevel.add_instrument(countdown)
         try:
-            async with forwarding(tmp_path, upstream, config) as it:
+            async with forwarding(tmp_path, upstream, merging if steps % 2 else config) as it:
                 accepted = it.accepted
                 await fill(it)
                 await it.drained()
@@ -141,11 +145,11 @@ class RefusingDisk:
             setattr(spool._store, name, self._failing(name, getattr(spool._store, name)))
 
     def _failing(self, name: str, step: Any) -> Any:
-        def run(*arguments: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
             if self.failures[name]:
                 self.failures[name] -= 1
                 raise apsw.FullError("database or disk is full")
-            return step(*arguments)
+            return step(*arguments, **options)
 
         return run
 

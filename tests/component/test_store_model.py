@@ -22,11 +22,8 @@ from relay.spool.store import Store
 from relay.spool.values import Appended, Load, NewBatch, Recut, Refused
 from tests.accounting import assert_accounted
 from tests.component.batches import make_batch, make_body, make_event, read_upstream
-from tests.component.model import Crash, Known, Mark, Place, Sent
+from tests.component.model import LIMITS, OTHER_LIMITS, Crash, Known, Mark, Place, Sent, assert_within
 from tests.component.orphans import HOLDER, ORPHANS
-
-LIMITS = Limits(max_events=7, max_bytes=1_500)
-"""Small, so that a few events overflow a batch; an envelope takes about 250 bytes of it."""
 
 SLACK_BYTES = 64
 """What numbers of the envelope (lastActivityAt, the address) may take more in another cut."""
@@ -63,19 +60,20 @@ class StoreMachine(RuleBasedStateMachine):
     def start(self) -> None:
         """Begin with an empty database."""
         (self.directory / schema.DATABASE_NAME).parent.mkdir()
-        self.open()
+        self.open(LIMITS)
 
     @property
     def directory(self) -> Path:
         """Where the database lies since the last crash."""
         return Path(self.root.name) / str(self.generation)
 
-    def open(self) -> None:
+    def open(self, limits: Limits = LIMITS) -> None:
         """Open what the disk holds, as a start does."""
+        self.limits = limits
         path = self.directory / schema.DATABASE_NAME
         self.db = schema.open_database(path, self.durability, self.vfs)
         self.db.execute(HOLDER)
-        self.store = Store(self.db, LIMITS, max_keys=2)
+        self.store = Store(self.db, limits, max_keys=2)
         self.reader = schema.open_reader(path, self.vfs)
 
     def close(self) -> None:
@@ -95,7 +93,8 @@ class StoreMachine(RuleBasedStateMachine):
     windows = st.sampled_from(["w1", "w2"])
     batches = st.tuples(
         *(keys, sessions, windows, st.integers(0, 9)),
-        *(st.lists(st.sampled_from([60, 60, 90, 300, 1_600]), min_size=1, max_size=18), st.sampled_from(["/a", "/b"])),
+        st.lists(st.sampled_from([60, 60, 90, 300, 1_600]), min_size=1, max_size=18),
+        *(st.sampled_from(["/a", "/b", "/a/" + "longer" * 40]), st.sampled_from(["a", "a", "a", "b"])),
         *(st.sampled_from(["", "", "", "final"]), st.integers(1, 2_000)),
     )
 
@@ -105,16 +104,20 @@ class StoreMachine(RuleBasedStateMachine):
 
     def prepare(self, drawn: tuple[Any, ...]) -> tuple[NewBatch, list[Known]]:
         """Return a client batch whose events are like no others, and what the model would know of it."""
-        key, session, window, sequence, sizes, page, flush, last_activity = drawn
+        key, session, window, sequence, sizes, page, user, flush, last_activity = drawn
         known: list[Known] = []
         for size in sizes:
             self.names += 1
             text = self.make_text(str(self.names), size)
             known.append(
-                Known(text, page, last_activity, flush == "final", flush == "final" and len(known) == len(sizes) - 1)
+                Known(
+                    *(text, page, user, last_activity),
+                    *(flush == "final", flush == "final" and len(known) == len(sizes) - 1),
+                )
             )
         events = [event.text for event in known]
-        body = make_body(session, window, sequence, events, page=page, flush=flush, last_activity=last_activity)
+        shape: dict[str, Any] = {"page": page, "user": user, "flush": flush, "last_activity": last_activity}
+        body = make_body(session, window, sequence, events, **shape)
         return make_batch(body, key=key, limits=LIMITS, accepted_at=self.tick()), known
 
     def learn(self, batch: NewBatch, known: list[Known], appended: Any) -> None:
@@ -180,10 +183,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.settle_append(batch, known, appended)
 
     @precondition(lambda self: any(self.pending.values()))
-    @rule(data=st.data())
-    def seal(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), merges_pages=st.booleans())
+    def seal(self, data: st.DataObject, merges_pages: bool) -> None:
         """Cut a window's next batch."""
-        self.seal_place(data.draw(st.sampled_from(sorted(place for place, events in self.pending.items() if events))))
+        place = data.draw(st.sampled_from(sorted(place for place, events in self.pending.items() if events)))
+        self.seal_place(place, merges_pages=merges_pages)
 
     @precondition(lambda self: self.sealed)
     @rule(data=st.data())
@@ -268,10 +272,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.shifts = {place: shift for place, shift in self.shifts.items() if place in self.rows}
         assert self.store.transact([lambda: self.store.retention.prune(before, max_marks, before)]) == [forgotten]
 
-    @rule()
-    def crash(self) -> None:
-        """The process dies between groups: what a copy of the files holds is what the next start finds."""
-        self.reopen_a_copy()
+    @rule(limits=st.sampled_from([LIMITS, *OTHER_LIMITS]))
+    def crash(self, limits: Limits) -> None:
+        """The process dies between groups: what a copy of the files holds is what the next start finds.
+
+        The options may be others from then on; what was cut stays as it was cut.
+        """
+        self.reopen_a_copy(limits)
         self.finds_what_was_sealed()
 
     def finds_what_was_sealed(self) -> None:
@@ -302,9 +309,9 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             self.store.transact([*steps, die])
         except Crash:
-            self.reopen_a_copy()
+            self.reopen_a_copy(self.limits)
 
-    def reopen_a_copy(self) -> None:
+    def reopen_a_copy(self, limits: Limits) -> None:
         """Continue on what the file system holds now."""
         old = self.directory
         self.generation += 1
@@ -315,7 +322,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.db.in_transaction:
             self.db.execute("ROLLBACK")
         self.close_old(old)
-        self.open()
+        self.open(limits)
 
     def close_old(self, old: Path) -> None:
         """Let go of the crashed generation."""
@@ -340,11 +347,12 @@ class StoreMachine(RuleBasedStateMachine):
             for other, event in events.items()
         )
 
-    def seal_place(self, place: Place) -> bool:
+    def seal_place(self, place: Place, *, merges_pages: bool = False) -> bool:
         """Seal, and hold the cut against the model."""
         window = self.pending[place]
         left = self.left_of(*place[:2])
-        [load] = self.store.transact([lambda: self.store.seal(self.rows[place][2], self.tick())])
+        window_id = self.rows[place][2]
+        [load] = self.store.transact([lambda: self.store.seal(window_id, self.tick(), merges_pages=merges_pages)])
         if isinstance(load, Exception):
             raise load
         if load is None:
@@ -359,10 +367,11 @@ class StoreMachine(RuleBasedStateMachine):
         events = [window.pop(address) for address in addresses]
         assert (sent.session, sent.window, sent.sequence) == (place[1], place[2], addresses[0])
         assert list(sent.events) == [event.text for event in events]
-        assert {sent.envelope["page"]["url"]} == {event.page for event in events}
+        assert {sent.envelope["user"]["anonymousId"]} == {event.user for event in events}
+        assert sent.envelope["page"]["url"] == events[-1].page
+        assert merges_pages or len({event.page for event in events}) == 1
         assert sent.last_activity == max(event.last_activity for event in events)
-        assert len(events) <= LIMITS.max_events
-        assert sent.size <= LIMITS.max_bytes or len(events) == 1
+        assert_within(load.body, self.limits)
         assert not any(event.ends_session for event in events[:-1]), "something is merged behind a final"
         if sent.is_final:
             assert events[-1].ends_session
@@ -374,11 +383,14 @@ class StoreMachine(RuleBasedStateMachine):
         behind = [address for address in window if address > addresses[-1]]
         if behind and not events[-1].ends_session:
             following = window[min(behind)]
+            larger = sent.size + 1 + len(following.text) + len(following.page) - len(events[-1].page) + SLACK_BYTES
             assert (
                 following.of_final
-                or following.page != events[0].page
-                or len(events) == LIMITS.max_events
-                or sent.size + 1 + len(following.text) + SLACK_BYTES > LIMITS.max_bytes
+                or following.user != events[0].user
+                or (following.page != events[0].page and not merges_pages)
+                or len(events) == self.limits.max_events
+                or larger > self.limits.max_bytes
+                or len(load.body) + len(following.page) + len(following.text) + SLACK_BYTES > self.limits.max_gzip_bytes
             ), "a batch left room that the next event would have used"
         upstream = self.upstream.setdefault(place[:2], set())
         assert upstream.isdisjoint(addresses), "an address was given out twice"
@@ -386,7 +398,7 @@ class StoreMachine(RuleBasedStateMachine):
         sealed = load.batch
         assert (sealed.event_count, sealed.is_final, sealed.sequence) == (len(events), sent.is_final, addresses[0])
         assert (load.next_oldest_at is None) == (not window)
-        self.sealed[sealed.batch_id] = Sent(place, addresses, events, load.body)
+        self.sealed[sealed.batch_id] = Sent(place, addresses, events, load.body, self.limits)
         return True
 
     def refuse_batch(self, batch_id: int, cut: Recut, room: int) -> tuple[int, ...]:
@@ -420,10 +432,11 @@ class StoreMachine(RuleBasedStateMachine):
             events = sent.events[first:end]
             assert list(part.events) == [event.text for event in events]
             assert part.sequence == sent.addresses[first]
-            assert part.envelope == read_upstream(sent.body).envelope
+            assert part.envelope == {**read_upstream(sent.body).envelope, "page": {"url": events[-1].page}}
+            assert_within(load.body, sent.limits)
             assert part.last_activity == max(event.last_activity for event in events)
             assert part.is_final == (read_upstream(sent.body).is_final and part_id == refused.parts[-1])
-            self.sealed[part_id] = Sent(sent.place, sent.addresses[first:end], events, load.body)
+            self.sealed[part_id] = Sent(sent.place, sent.addresses[first:end], events, load.body, sent.limits)
         assert addresses == sent.addresses
         return refused.parts
 
@@ -495,7 +508,7 @@ class StoreMachine(RuleBasedStateMachine):
             for batch_id in list(self.sealed):
                 self.settle_batch(batch_id)
             for place in [place for place, events in self.pending.items() if events]:
-                moved = self.seal_place(place) or moved
+                moved = self.seal_place(place, merges_pages=bool(self.generation % 2)) or moved
         assert not any(self.pending.values())
         self.is_accounted()
 

@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import apsw
 
+from relay.protocol.cut import Limits
 from relay.spool.store import Store
 from relay.spool.transactions import Step
 from relay.spool.values import Appended, NewBatch, Recut
 from tests.component.batches import make_event
-from tests.component.model import Known, Place
-from tests.component.test_store_model import LIMITS, StoreMachine
+from tests.component.model import LIMITS, Known, Place
+from tests.component.test_store_model import StoreMachine
 from tests.fault.power import Operation, RecordingVFS
 
 STEPS = 22
@@ -98,10 +99,10 @@ class Workload(StoreMachine):
         """What the disk was asked for."""
         return self.disk.operations
 
-    def open(self) -> None:
+    def open(self, limits: Limits = LIMITS) -> None:
         """Open the database, with a log that is checkpointed early."""
         begun = len(self.operations)
-        super().open()
+        super().open(limits)
         self.db.pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
         if not self.has_syncs:
             self.db.pragma("synchronous", 0)
@@ -139,9 +140,9 @@ class Workload(StoreMachine):
             self.memorise_commits()
         super().settle_append(batch, known, appended)
 
-    def seal_place(self, place: Place) -> bool:
+    def seal_place(self, place: Place, *, merges_pages: bool = False) -> bool:
         """Seal, as a part of another action too."""
-        is_sealed = super().seal_place(place)
+        is_sealed = super().seal_place(place, merges_pages=merges_pages)
         self.memorise_commits()
         return is_sealed
 
@@ -196,7 +197,7 @@ class Workload(StoreMachine):
             self.open()
             self.finds_what_was_sealed()
         elif action == "seal":
-            self.seal_place(self.chance.choice(full))
+            self.seal_place(self.chance.choice(full), merges_pages=self.chance.random() < 0.5)
         elif action == "resend":
             self.resend(ids=set(self.chance.sample(sorted(self.dead), 1)))
         elif action == "purge":
@@ -228,6 +229,7 @@ class Workload(StoreMachine):
             self.chance.randint(0, 9),
             sizes,
             choice(("/a", "/b")),
+            choice(("a", "a", "b")),
             choice(("", "", "", "final")),
             self.names,
         )

@@ -333,6 +333,9 @@ def test_defaults_are_not_warned_of() -> None:
         ("budget.requests_per_minute=101", "is above upstream's published limit"),
         ("batch.max_events=501", "is above upstream's published limit"),
         ("batch.max_bytes=1_048_577", "is above upstream's published limit"),
+        ("batch.measure=compressed", "assumes that upstream measures after gzip, which nobody has confirmed"),
+        ("batch.merge=page", "assumes that upstream takes a session's pages from its events"),
+        ("batch.merge=page-when-scarce", "assumes that upstream takes a session's pages from its events"),
         ("keys.default=luc_api_x", 'does not begin with "luc_pk_"'),
     ],
 )

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Sequence
+from math import inf
 
 import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relay.protocol.assemble import Piece, assemble
+from relay.protocol.assemble import COMMA_BYTES, Piece, assemble, frame_bytes
 from relay.protocol.codings import SegmentDeflater, crc32
 from relay.protocol.cut import (
     Cut,
+    Likeness,
     Limits,
     Pending,
     address,
@@ -20,8 +23,10 @@ from relay.protocol.cut import (
     choose_cut,
     cut_runs,
     later_activity,
+    make_limits,
     overhead_bytes,
     take,
+    take_part,
 )
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import ClientBatch, Envelope
@@ -124,6 +129,18 @@ def test_take_counts_what_fits(sizes: list[int], start: int, max_events: int, ma
 
 # -- choosing what to send
 
+ENVELOPES = {
+    1: ENVELOPE,
+    2: Envelope(ENVELOPE.head, ENVELOPE.tail.replace(b'"page":{}', b'"page":{"url":"/a/longer/one"}')),
+    3: Envelope(ENVELOPE.head, ENVELOPE.tail.replace(b'"user":{}', b'"user":{"anonymousId":"other"}')),
+    4: Envelope(ENVELOPE.head, ENVELOPE.tail.replace(b'"page":{}', b'"page":{"url":"%b"}' % (b"ab" * 300))),
+}
+"""A page, two longer ones, the second of which is long enough to be deflated, and another user."""
+
+LIKENESS = {1: Likeness(b"1", b"x"), 2: Likeness(b"2", b"x"), 3: Likeness(b"3", b"y"), 4: Likeness(b"4", b"x")}
+
+DEFLATER = SegmentDeflater()
+
 
 class Spooled(msgspec.Struct, frozen=True):
     """A pending segment with its events."""
@@ -131,19 +148,29 @@ class Spooled(msgspec.Struct, frozen=True):
     events: tuple[bytes, ...]
     pending: Pending
 
+    def part(self, count: int) -> Piece:
+        """Return its first events as they are sent; all of them as they are kept."""
+        run = b",".join(self.events[:count])
+        return Piece(DEFLATER.deflate(run), crc32(run), len(run))
+
 
 @st.composite
 def windows(draw: st.DrawFn) -> list[Spooled]:
-    """Return a window's pending segments: of one or two envelopes, a final perhaps among them."""
+    """Return a window's pending segments: of a few envelopes, a final perhaps among them."""
     segments: list[Spooled] = []
     sequence = draw(st.sampled_from([0, 1, 6_000, MAX_SEQUENCE - 50]))
+    pages = draw(st.sampled_from([(1,), (1, 1, 1, 2), (1, 2), (1, 1, 2, 2, 3), (1, 2, 4)]))
     for _ in range(draw(st.integers(1, 7))):
         events = make_events(draw(st.lists(st.integers(2, 40), min_size=1, max_size=8)))
+        run = b",".join(events)
+        envelope_id = draw(st.sampled_from(pages))
         pending = Pending(
             address(sequence, 0),
             len(events),
-            len(b",".join(events)),
-            draw(st.sampled_from([1, 1, 1, 1, 2])),
+            len(run),
+            len(DEFLATER.deflate(run)),
+            envelope_id,
+            LIKENESS[envelope_id],
             draw(st.sampled_from([b"1", b"17e11", b"1700000000000", b"1700000000000.0625", b"-1"])),
             draw(st.sampled_from([False, False, False, True])),
         )
@@ -152,77 +179,113 @@ def windows(draw: st.DrawFn) -> list[Spooled]:
     return segments
 
 
-def model(segments: list[Spooled], limits: Limits, *, allow_final: bool) -> list[bytes]:
-    """Return the events of the next batch, added one by one as long as the real body stays within the limits."""
-    taken: list[bytes] = []
-    activities: list[bytes] = []
-    for segment in segments:
-        pending = segment.pending
-        if pending.envelope_id != segments[0].pending.envelope_id or (pending.is_final and not allow_final):
-            return taken
-        activities.append(pending.last_activity)
-        for index, event in enumerate(segment.events):
-            ends = pending.is_final and index == len(segment.events) - 1
-            prefix = body_prefix(ENVELOPE, max(activities, key=float), segments[0].pending.address)
-            body = prefix + b",".join([*taken, event]) + body_suffix(is_final=ends)
-            if taken and (len(taken) == limits.max_events or len(body) > limits.max_bytes):
-                return taken
-            taken.append(event)
-        if pending.is_final:
-            return taken
-    return taken
+def assembled(segments: Sequence[Spooled], last_count: int, *, ends: bool = True) -> bytes:
+    """Return the gzip body of segments, of the last one its first events, under the last one's envelope."""
+    pending = [segment.pending for segment in segments]
+    activity = max((each.last_activity for each in pending), key=float)
+    prefix = body_prefix(ENVELOPES[pending[-1].envelope_id], activity, pending[0].address)
+    is_final = ends and pending[-1].is_final and last_count == pending[-1].event_count
+    pieces = [segment.part(segment.pending.event_count) for segment in segments[:-1]]
+    return assemble(prefix, [*pieces, segments[-1].part(last_count)], body_suffix(is_final=is_final))
 
 
-def carry_out(segments: list[Spooled], choice: Cut) -> list[bytes]:
-    """Return the events that the spool seals for a cut."""
-    taken = [event for segment in segments[: choice.whole] for event in segment.events]
+def fits(segments: Sequence[Spooled], last_count: int, limits: Limits) -> bool:
+    """Return whether the body of segments, of the last one its first events, is within the limits; really made."""
+    count = sum(segment.pending.event_count for segment in segments[:-1]) + last_count
+    body = assembled(segments, last_count)
+    is_small = len(gzip.decompress(body)) <= limits.max_bytes and len(body) <= limits.max_gzip_bytes
+    return count <= limits.max_events and is_small
+
+
+def carry_out(segments: Sequence[Spooled], choice: Cut) -> tuple[int, int]:
+    """Return how many segments the spool seals for a cut, and how many events of the last of them."""
     if choice.split_events:
-        events = segments[choice.whole].events
-        assert choice.split_events < len(events)
-        count = take(events, 0, choice.split_events, choice.split_bytes)
-        taken += events[: count if taken else max(count, 1)]
-    return taken
+        split = segments[choice.whole]
+        assert choice.split_events < len(split.events)
+        taken, deflated = take_part(split.events, choice, DEFLATER.deflate)
+        assert deflated == (split.part(taken).deflated if taken else b"")
+        if taken:
+            return choice.whole + 1, taken
+    return choice.whole, segments[choice.whole - 1].pending.event_count if choice.whole else 0
 
 
 ROOM = st.integers(len(body_prefix(ENVELOPE, b"1", 0)) - 5, len(body_prefix(ENVELOPE, b"1", 0)) + 400)
 
 
-@given(windows(), st.integers(1, 30), ROOM, st.booleans())
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    """Return limits by JSON, or by the gzip body as well."""
+    return Limits(draw(st.integers(1, 30)), draw(ROOM), draw(st.just(inf) | st.integers(150, 500)))
+
+
+@given(windows(), limits(), st.booleans(), st.booleans())
 def test_a_batch_is_filled_to_the_limit_exactly(
-    segments: list[Spooled], max_events: int, max_bytes: int, allow_final: bool
+    segments: list[Spooled], limits: Limits, allow_final: bool, merges_pages: bool
 ) -> None:
-    """The cut takes just what adding events one by one would: not one over, not one that would still have fitted."""
-    limits = Limits(max_events, max_bytes)
+    """The body is within the limits, one more event would not be, and it ends early only where the rule says so."""
     pending = [segment.pending for segment in segments]
-    choice = choose_cut(pending, ENVELOPE, limits, allow_final=allow_final)
-    taken = carry_out(segments, choice)
-    assert taken == model(segments, limits, allow_final=allow_final)
-    assert bool(taken) or (pending[0].is_final and not allow_final)
-    whole = pending[: choice.whole]
-    assert not any(segment.is_final for segment in whole[:-1])
-    assert allow_final or not any(segment.is_final for segment in whole)
+    choice = choose_cut(pending, ENVELOPES.__getitem__, limits, allow_final=allow_final, merges_pages=merges_pages)
+    count, last_count = carry_out(segments, choice)
+    if not count:
+        assert pending[0].is_final
+        assert not allow_final
+        return
+    taken = pending[:count]
+    assert not any(segment.is_final for segment in taken[:-1]), "nothing follows a final"
+    assert allow_final or not taken[-1].is_final or last_count < taken[-1].event_count
+    key = "pageless" if merges_pages else "digest"
+    assert len({getattr(segment.likeness, key) for segment in taken}) == 1
+    assert fits(segments[:count], last_count, limits) or (count, last_count) == (1, 1), "a single event may be larger"
+    for earlier in range(1, count):
+        assert fits(segments[:earlier], pending[earlier - 1].event_count, limits), "a part may be over the limit"
+    if last_count < taken[-1].event_count:
+        assert not fits(segments[:count], last_count + 1, limits)
+    elif count < len(segments) and not taken[-1].is_final:
+        following = pending[count]
+        is_parted = getattr(following.likeness, key) != getattr(taken[0].likeness, key)
+        is_barred = following.is_final and not allow_final
+        assert is_parted or is_barred or not fits(segments[: count + 1], 1, limits)
 
 
-@given(windows(), st.integers(1, 30), ROOM)
-def test_the_assembled_body_is_within_the_limits(segments: list[Spooled], max_events: int, max_bytes: int) -> None:
-    """What goes over the wire, inflated, has at most the limit, unless a single event has more."""
-    limits = Limits(max_events, max_bytes)
-    choice = choose_cut([segment.pending for segment in segments], ENVELOPE, limits, allow_final=True)
-    taken = carry_out(segments, choice)
-    activity = b""
-    for segment in segments[: choice.whole + bool(choice.split_events)]:
-        activity = later_activity(activity, segment.pending.last_activity)
-    run = b",".join(taken)
-    piece = Piece(SegmentDeflater().deflate(run), crc32(run), len(run))
-    is_final = choice.whole > 0 and segments[choice.whole - 1].pending.is_final and not choice.split_events
-    prefix = body_prefix(ENVELOPE, activity, segments[0].pending.address)
-    body = gzip.decompress(assemble(prefix, [piece], body_suffix(is_final=is_final)))
-    assert len(taken) == 1 or (len(body) <= max_bytes and len(taken) <= max_events)
+@given(st.lists(st.integers(2, 3_000), min_size=2, max_size=60), st.integers(1, 4_000), st.booleans())
+def test_a_split_by_compressed_size_takes_few_tries(sizes: list[int], room: int, is_alone: bool) -> None:
+    """The largest number of events is found that fits and with one more does not, in a few steps of deflating."""
+    events = [os.urandom(size // 2).hex().encode() or b"1" for size in sizes]
+    tries: list[bytes] = []
+
+    def deflate(run: bytes) -> bytes:
+        tries.append(run)
+        return DEFLATER.deflate(run)
+
+    cut = Cut(0 if is_alone else 1, len(events) - 1, 10**9, room)
+    taken, deflated = take_part(events, cut, deflate)
+    fitting = [count for count in range(len(events)) if len(DEFLATER.deflate(b",".join(events[:count]))) <= room]
+    assert taken == max([*fitting[1:], int(is_alone)])
+    assert deflated == (DEFLATER.deflate(b",".join(events[:taken])) if taken else b"")
+    assert len(tries) <= 12
+
+
+PIECES = st.binary(max_size=1_500)
+
+
+@given(PIECES, st.lists(st.binary(min_size=1, max_size=200), max_size=6), PIECES)
+def test_the_size_of_a_body_is_known_before_it_is_made(prefix: bytes, runs: list[bytes], suffix: bytes) -> None:
+    """Frame, segments and commas are the assembled body, to the byte."""
+    pieces = [Piece(DEFLATER.deflate(run), crc32(run), len(run)) for run in runs]
+    commas = COMMA_BYTES * max(0, len(runs) - 1)
+    size = frame_bytes(prefix, suffix) + sum(len(piece.deflated) for piece in pieces) + commas
+    assert len(assemble(prefix, pieces, suffix)) == size
+
+
+def test_limits_by_the_compressed_size_keep_a_bound_on_the_json() -> None:
+    """The published number is the gzip body's then, and the JSON may be sixteen times as large."""
+    assert make_limits(500, 1_000, "json") == Limits(500, 1_000)
+    assert make_limits(500, 1_000, "compressed") == Limits(500, 16_000, 1_000)
 
 
 def make_pending(count: int, size: int, *, envelope: int = 1, final: bool = False) -> Pending:
     """Return a segment by its measures."""
-    return Pending(0, count, size, envelope, b"1", final)
+    return Pending(0, count, size, size // 6, envelope, LIKENESS[envelope], b"1", final)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +305,7 @@ def make_pending(count: int, size: int, *, envelope: int = 1, final: bool = Fals
 )
 def test_cuts_by_example(segments: list[Pending], allow_final: bool, choice: Cut) -> None:
     """The plain cases, at upstream's limits."""
-    assert choose_cut(segments, ENVELOPE, Limits(500, 1_048_576), allow_final=allow_final) == choice
+    assert choose_cut(segments, ENVELOPES.__getitem__, Limits(500, 1_048_576), allow_final=allow_final) == choice
 
 
 # -- numbers

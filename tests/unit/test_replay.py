@@ -231,6 +231,40 @@ def test_only_numbers_flags_and_events_may_differ_in_one_envelope() -> None:
         assert other.digest != envelope.digest
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_an_envelope_is_known_without_its_page(odd: bool) -> None:
+    """On both paths: whatever the page says, the rest is the same; any other difference, however named, is one."""
+
+    def envelope(path: str, value: Any) -> replay.Envelope:
+        batch = changed(path, value)
+        if odd:
+            batch["replay"]["events"][0]["data"] = "\ud83d"
+        return decode(encode(batch)).envelope
+
+    first = envelope("page.url", "https://a.example/")
+    assert first.tail[first.page_start : first.page_end] == encode(changed("page.url", "https://a.example/")["page"])
+    pages: list[tuple[str, Any]] = [
+        *(("page.url", ""), ("page.x", "\ud83d"), ("page.referrer", "b")),
+        ("page", {"url": '"},"page":{"'}),
+    ]
+    for path, value in pages:
+        other = envelope(path, value)
+        assert other.pageless_digest == first.pageless_digest
+        assert other.digest != first.digest
+    others: list[tuple[str, Any]] = [
+        *(("user.page", {}), ("metadata.page", 1), ("page2", {}), ("replay.page", 1), ("session.url", "")),
+    ]
+    for path, value in others:
+        assert envelope(path, value).pageless_digest != first.pageless_digest
+
+
+def test_an_envelope_whose_page_nobody_has_looked_for_is_like_no_other() -> None:
+    """Out of the spool, without the page's place, all of it counts."""
+    envelope = decode(encode(make_batch())).envelope
+    kept = replay.Envelope(envelope.head, envelope.tail)
+    assert kept.pageless_digest == kept.digest == envelope.digest != envelope.pageless_digest
+
+
 def test_a_digest_knows_where_the_head_ends() -> None:
     """Bytes that move from one piece to the other change the digest."""
     assert replay.Envelope(b"ab", b"c").digest != replay.Envelope(b"a", b"bc").digest

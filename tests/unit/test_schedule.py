@@ -12,14 +12,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.protocol.cut import Limits
+from relay.protocol.cut import Likeness, Limits, Merge, Parting, parting
 from relay.protocol.schedule import MAX_OPEN_SECONDS, Choice, Schedule
 
 LIMITS = Limits(10, 1_000)
 LINGER = 5.0
 LIVE_SHARE = 0.5
-PAGES = (b"a", b"b")
-"""Digests of envelopes."""
+PAGES = (Likeness(b"a1", b"a"), Likeness(b"a2", b"a"), Likeness(b"b", b"b"))
+"""Two pages of one envelope, and another envelope."""
 
 
 class FakeWindow(msgspec.Struct):
@@ -27,8 +27,9 @@ class FakeWindow(msgspec.Struct):
 
     session_id: int
     oldest_at: float
-    pages: list[bytes]
+    pages: list[Likeness]
     """Of its runs, in order."""
+    merges_pages: bool
     events: int = 0
     events_bytes: int = 0
     finals: int = 0
@@ -39,7 +40,11 @@ class FakeWindow(msgspec.Struct):
         more = bool(self.finals)  # a full batch that the final is in would be two, if the final has to wait
         if self.events >= LIMITS.max_events + more or self.events_bytes >= LIMITS.max_bytes + more:
             return "full"
-        return "closed" if len(self.pages) > 1 else None
+        return "closed" if self.parting().parts(merges_pages=self.merges_pages) else None
+
+    def parting(self) -> Parting:
+        """Return what parts its runs."""
+        return max(parting(self.pages[0], page) for page in self.pages)
 
     def turn_at(self) -> float:
         """Return what its session orders it by."""
@@ -75,6 +80,7 @@ class Model:
     """The schedule as plain lists that are looked through every time."""
 
     def __init__(self) -> None:
+        self.merges_pages = False
         self.windows: dict[int, FakeWindow] = {}
         self.sessions: dict[int, FakeSession] = {}
 
@@ -119,10 +125,13 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.changes = 0
 
     @initialize(
-        found=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8)), max_size=3, unique_by=lambda pair: pair[0])
+        found=st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8)), max_size=3, unique_by=lambda pair: pair[0]),
+        merge=st.sampled_from(["strict", "page"]),
     )
-    def restore(self, found: list[tuple[int, int]]) -> None:
+    def restore(self, found: list[tuple[int, int]], merge: Merge) -> None:
         """Sealed batches of an earlier run, one a session."""
+        self.schedule = Schedule(LIMITS, LINGER, LIVE_SHARE, merge)
+        self.model.merges_pages = merge == "page"
         for session_id, delay in found:
             self.batches += 1
             self.schedule.retry_at(session_id, self.batches, self.now + delay)
@@ -138,15 +147,17 @@ class ScheduleMachine(RuleBasedStateMachine):
         page=st.sampled_from(PAGES),
     )
     def add(
-        self, session_id: int, number: int, events: int, events_bytes: int, finals: int, age: int, page: bytes
+        self, session_id: int, number: int, events: int, events_bytes: int, finals: int, age: int, page: Likeness
     ) -> None:
         """Segments accepted, now or before a restart."""
         window_id = 10 * session_id + number
         self.changes += 1
-        counts: dict[str, Any] = {"events": events, "events_bytes": events_bytes, "finals": finals}
-        self.schedule.add(session_id, window_id, **counts, oldest_at=self.now - age, digest=page)
+        counts: dict[str, Any] = {"events": events, "events_bytes": events_bytes, "deflated_bytes": 1, "finals": finals}
+        self.schedule.add(session_id, window_id, **counts, oldest_at=self.now - age, likeness=page)
         self.model.sessions.setdefault(session_id, FakeSession())
-        window = self.model.windows.setdefault(window_id, FakeWindow(session_id, self.now - age, [page]))
+        window = self.model.windows.setdefault(
+            window_id, FakeWindow(session_id, self.now - age, [page], self.model.merges_pages)
+        )
         window.events += events
         window.events_bytes += events_bytes
         window.finals += finals
@@ -176,6 +187,7 @@ class ScheduleMachine(RuleBasedStateMachine):
             assert chosen.age == min(found.age for found in due if found.rank == chosen.rank)
         assert choice.reason == chosen.reasons[choice.window_id]
         assert choice.batch_id == (None if choice.window_id else session.batch_id)
+        assert choice.merges_pages == (self.model.merges_pages and choice.window_id is not None)
         session.choice = choice
         self._check_line(chosen, due)
 
@@ -232,9 +244,9 @@ class ScheduleMachine(RuleBasedStateMachine):
         finals = 0 if leaves else window.finals
         left_at = window.oldest_at + 1 if leaves else None
         window.pages = window.pages[1:] or window.pages
-        is_closed = leaves and len(window.pages) > 1
-        counts: dict[str, Any] = {"events": events, "events_bytes": taken_bytes, "finals": finals}
-        self.schedule.seal(window_id, **counts, next_oldest_at=left_at, next_is_closed=is_closed)
+        left = window.parting() if leaves else Parting.NOTHING
+        counts: dict[str, Any] = {"events": events, "events_bytes": taken_bytes, "deflated_bytes": 0, "finals": finals}
+        self.schedule.seal(window_id, **counts, next_oldest_at=left_at, next_parting=left)
         if left_at is None:
             del self.model.windows[window_id]
             return
@@ -273,8 +285,8 @@ class ScheduleMachine(RuleBasedStateMachine):
         for session_id in self.in_flight():
             self.schedule.release(session_id)
         for window_id, window in self.model.windows.items():
-            counts: dict[str, Any] = {"events": 1, "events_bytes": 1, "finals": 0}
-            self.schedule.add(window.session_id, window_id, **counts, oldest_at=self.now, digest=PAGES[0])
+            counts: dict[str, Any] = {"events": 1, "events_bytes": 1, "deflated_bytes": 1, "finals": 0}
+            self.schedule.add(window.session_id, window_id, **counts, oldest_at=self.now, likeness=PAGES[0])
         left = set(self.model.windows)
         self.now += 100
         while (choice := self.schedule.choose(self.now)) is not None:
@@ -283,6 +295,7 @@ class ScheduleMachine(RuleBasedStateMachine):
                 counts = {
                     "events": 10**9,
                     "events_bytes": 0,
+                    "deflated_bytes": 0,
                     "finals": self.model.windows[choice.window_id].finals,
                 }
                 self.schedule.seal(choice.window_id, **counts, next_oldest_at=None)
@@ -309,8 +322,8 @@ def make_schedule(windows: int, per_session: int, events: int = 1) -> Schedule:
     """Return a schedule of windows, evenly spread over sessions, that linger or, with 10 events, are full."""
     schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
     for number in range(windows):
-        counts: dict[str, Any] = {"events": events, "events_bytes": 10, "finals": 0}
-        schedule.add(1 + number // per_session, 1 + number, **counts, oldest_at=number / windows, digest=PAGES[0])
+        counts: dict[str, Any] = {"events": events, "events_bytes": 10, "deflated_bytes": 1, "finals": 0}
+        schedule.add(1 + number // per_session, 1 + number, **counts, oldest_at=number / windows, likeness=PAGES[0])
     return schedule
 
 
@@ -337,7 +350,7 @@ def serve(schedule: Schedule, now: float) -> bool:
     if choice is None:
         return False
     assert choice.window_id is not None
-    schedule.seal(choice.window_id, events=10, events_bytes=10, finals=0, next_oldest_at=None)
+    schedule.seal(choice.window_id, events=10, events_bytes=10, deflated_bytes=1, finals=0, next_oldest_at=None)
     schedule.ready_at(now)
     schedule.release(choice.session_id)
     return True
@@ -373,9 +386,18 @@ def test_waiting_costs_nothing() -> None:
 def test_batches_behind_a_pending_final_leave_no_entries() -> None:
     """While nothing can be sent, a session that goes on after its final takes no more room."""
     schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
-    schedule.add(1, 1, events=1, events_bytes=1, finals=1, oldest_at=0, digest=PAGES[0])
+    schedule.add(1, 1, events=1, events_bytes=1, deflated_bytes=1, finals=1, oldest_at=0, likeness=PAGES[0])
     for number in range(1_000):
-        schedule.add(1, 2, events=1, events_bytes=1, finals=number % 2, oldest_at=number, digest=PAGES[number % 2])
+        schedule.add(
+            1,
+            2,
+            events=1,
+            events_bytes=1,
+            deflated_bytes=1,
+            finals=number % 2,
+            oldest_at=number,
+            likeness=PAGES[number % 2],
+        )
         assert schedule.ready_at(number) == number
     assert count_entries(schedule) < 10
     assert len(schedule._sessions[1].queue) < 10
@@ -384,10 +406,10 @@ def test_batches_behind_a_pending_final_leave_no_entries() -> None:
 def test_a_seal_that_left_more_than_was_counted_is_believed() -> None:
     """The spool knows better: what it says is left stays scheduled, whatever the count says."""
     schedule = Schedule(LIMITS, LINGER, LIVE_SHARE)
-    schedule.add(1, 1, events=10, events_bytes=1, finals=0, oldest_at=0, digest=PAGES[0])
+    schedule.add(1, 1, events=10, events_bytes=1, deflated_bytes=1, finals=0, oldest_at=0, likeness=PAGES[0])
     choice = schedule.choose(0)
     assert choice == Choice(1, 1, None, "full")
-    schedule.seal(1, events=10, events_bytes=1, finals=0, next_oldest_at=3)
+    schedule.seal(1, events=10, events_bytes=1, deflated_bytes=1, finals=0, next_oldest_at=3)
     schedule.release(1)
     assert schedule.ready_at(0) == 3 + LINGER
     assert schedule.choose(3 + LINGER) == Choice(1, 1, None, "lingered")

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.protocol.cut import Limits
+from relay.protocol.cut import Likeness, Limits, Merge, Parting
 from relay.protocol.schedule import BACKLOG_SECONDS, MAX_OPEN_SECONDS, Choice, Schedule
 
 LIMITS = Limits(10, 1_000)
 LINGER = 5.0
-PAGE, NEXT_PAGE = b"a", b"b"
+PAGE, NEXT_PAGE = Likeness(b"a1", b"a"), Likeness(b"a2", b"a")
 START = 10_000.0
 STEP = 0.6
 """Seconds from one choice to the next: a hundred a minute."""
 
 
-def make_schedule(live_share: float = 0.5) -> Schedule:
+def make_schedule(live_share: float = 0.5, merge: Merge = "strict") -> Schedule:
     """Return an empty schedule."""
-    return Schedule(LIMITS, LINGER, live_share)
+    return Schedule(LIMITS, LINGER, live_share, merge)
 
 
 def add(
-    schedule: Schedule, session_id: int, events: int, oldest_at: float, *, window: int = 0, page: bytes = PAGE
+    schedule: Schedule, session_id: int, events: int, oldest_at: float, *, window: int = 0, page: Likeness = PAGE
 ) -> None:
     """Add events in a session's only window, or in another."""
     window_id = session_id * 10 + window
-    schedule.add(session_id, window_id, events=events, events_bytes=events, finals=0, oldest_at=oldest_at, digest=page)
+    schedule.add(
+        *(session_id, window_id),
+        events=events,
+        events_bytes=events,
+        deflated_bytes=events,
+        finals=0,
+        oldest_at=oldest_at,
+        likeness=page,
+    )
 
 
 def deliver(schedule: Schedule, choice: Choice, *, leaves: int = 0, left_at: float = 0.0) -> None:
@@ -35,7 +45,9 @@ def deliver(schedule: Schedule, choice: Choice, *, leaves: int = 0, left_at: flo
     assert choice.window_id is not None
     taken = 10 if leaves else 10**6
     left = left_at if leaves else None
-    schedule.seal(choice.window_id, events=taken, events_bytes=taken, finals=0, next_oldest_at=left)
+    schedule.seal(
+        choice.window_id, events=taken, events_bytes=taken, deflated_bytes=taken, finals=0, next_oldest_at=left
+    )
     schedule.release(choice.session_id)
 
 
@@ -136,14 +148,66 @@ def test_what_a_seal_leaves_is_closed_if_the_spool_says_so() -> None:
     schedule = make_schedule()
     for page in (PAGE, NEXT_PAGE, PAGE):
         add(schedule, 1, 2, START, page=page)
-    for is_closed in (True, False):
+    for left in (Parting.PAGE, Parting.NOTHING):
         choice = schedule.choose(START)
         assert choice is not None
         assert (choice.window_id, choice.reason) == (10, "closed")
-        schedule.seal(10, events=2, events_bytes=2, finals=0, next_oldest_at=START, next_is_closed=is_closed)
+        sizes: dict[str, Any] = {"events": 2, "events_bytes": 2, "deflated_bytes": 2}
+        schedule.seal(10, **sizes, finals=0, next_oldest_at=START, next_parting=left)
         schedule.release(1)
     assert schedule.choose(START) is None
     assert schedule.ready_at(START) == START + LINGER
+
+
+def test_a_changed_page_closes_no_run_where_pages_merge() -> None:
+    """It waits for company as an open run does, and a final behind it is what completes it."""
+    schedule = make_schedule(merge="page")
+    add(schedule, 1, 1, START)
+    add(schedule, 1, 1, START + 1, page=NEXT_PAGE)
+    assert schedule.choose(START + 1) is None
+    assert schedule.choose(START + LINGER) == Choice(1, 10, None, "lingered", merges_pages=True)
+
+
+def test_a_changed_page_closes_a_run_unless_requests_are_scarce() -> None:
+    """In line by the one rule, a session goes back to the open runs by the other, and is sent by its age then."""
+    schedule = make_schedule(merge="page-when-scarce")
+    for session_id in (1, 2):
+        add(schedule, session_id, 1, START)
+        add(schedule, session_id, 1, START, page=NEXT_PAGE)
+    assert schedule.choose(START, is_scarce=False) == Choice(1, 10, None, "closed", merges_pages=False)
+    assert schedule.choose(START, is_scarce=True) is None
+    assert schedule.ready_at(START) == START + LINGER
+    add(schedule, 3, 10, START + LINGER)
+    assert schedule.choose(START + LINGER, is_scarce=True) == Choice(3, 30, None, "full", merges_pages=True)
+    assert schedule.choose(START + LINGER, is_scarce=True) == Choice(2, 20, None, "lingered", merges_pages=True)
+    add(schedule, 4, 1, START + LINGER)
+    add(schedule, 4, 1, START + LINGER, page=NEXT_PAGE)  # taken for open, being added while requests are scarce
+    assert schedule.choose(START + LINGER, is_scarce=False) is None
+    assert schedule.choose(START + 2 * LINGER, is_scarce=False) == Choice(4, 40, None, "closed", merges_pages=False)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.booleans(), st.integers(0, 3)), max_size=60))
+def test_nothing_is_forgotten_however_scarcity_comes_and_goes(steps: list[tuple[int, bool, bool, int]]) -> None:
+    """Each window is chosen in the end, no session twice at a time, and merging is what the rule of the moment says."""
+    schedule = make_schedule(merge="page-when-scarce")
+    now = START
+    pending: set[int] = set()
+    for session_id, is_next_page, is_scarce, seconds in steps:
+        now += seconds
+        add(schedule, session_id, 1, now, page=NEXT_PAGE if is_next_page else PAGE)
+        pending.add(session_id)
+        choice = schedule.choose(now, is_scarce=is_scarce)
+        if choice is not None:
+            assert choice.merges_pages == is_scarce
+            pending.remove(choice.session_id)
+            deliver(schedule, choice)
+    while pending:
+        now = max(now, schedule.ready_at(now))
+        choice = schedule.choose(now, is_scarce=bool(len(pending) % 2))
+        if choice is not None:
+            pending.remove(choice.session_id)
+            deliver(schedule, choice)
+    assert schedule.is_empty
 
 
 def wait_under_overload(schedule: Schedule, busy: int, window_id: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -16,23 +17,35 @@ from bench.simulate.rivals import forward_one_for_one, send_directly
 from bench.simulate.study import BUSY_LOAD, Study
 from bench.simulate.traffic import KINDS, SDK_MAX_EVENTS, Arrival, SdkBatch, arrivals
 from bench.simulate.upstream import Weather
-from relay.config import Config
-from relay.protocol.cut import Limits, overhead_bytes
+from relay.config import Batch, Config
+from relay.protocol.assemble import Piece, assemble
+from relay.protocol.codings import SegmentDeflater, crc32
+from relay.protocol.cut import Likeness, Limits, address, body_prefix, body_suffix
 from relay.protocol.replay import Envelope
 
 LIMITS = Limits(500, 1_048_576)
 SMALL = Limits(7, 200)
-ENVELOPES = (Envelope(b'{"a":', b',"b":'), Envelope(b'{"aa":', b',"bb":'))
+MEASURED = Limits(9, 1_600, 260)
+
+ENVELOPES = (
+    (Envelope(b'{"a":', b',"page":1,"b":'), Likeness(b"1", b"x")),
+    (Envelope(b'{"a":', b',"page":22222222,"b":'), Likeness(b"2", b"x")),
+    (Envelope(b'{"aa":', b',"page":1,"bb":'), Likeness(b"3", b"y")),
+)
+"""Two pages, and something else that is another."""
+
 KIND_NAMES = [*(kind.name for kind in KINDS), "mix"]
 
 
 def make_batch(envelope: int, sizes: list[int]) -> SdkBatch:
-    """Return a client batch of events of these sizes."""
+    """Return a client batch of events of these sizes, which hardly deflate: then the size grows with every event."""
     offsets = [0]
     for size in sizes:
         offsets.append(offsets[-1] + size + 1)
-    events = tuple(b"1" * size for size in sizes)
-    return SdkBatch(0.0, 0, ENVELOPES[envelope], envelope, events, tuple(offsets), False)
+    digits = Random(str(sizes))
+    events = tuple(b"%d" % digits.randrange(10 ** (size - 1), 10**size) for size in sizes)
+    deflated = len(SegmentDeflater().deflate(b",".join(events)))
+    return SdkBatch(0.0, 0, *ENVELOPES[envelope], events, tuple(offsets), False, deflated)
 
 
 def make_trace(batches: list[tuple[int, list[int]]], *, is_final: bool = False) -> list[Arrival]:
@@ -44,15 +57,15 @@ def make_trace(batches: list[tuple[int, list[int]]], *, is_final: bool = False) 
     ]
 
 
-def drain(trace: list[Arrival], limits: Limits) -> int:
+def drain(trace: list[Arrival], limits: Limits, *, run_bytes: int, merges_pages: bool) -> int:
     """Return the batches that the pile seals when all of a trace lies in it, finals last as the schedule has them."""
-    pile = Pile(limits)
+    pile = Pile(limits, run_bytes)
     windows = {pile.append(arrival)[0] for arrival in trace}
     requests = 0
     while windows:
         before = requests
         for window in list(windows):
-            while (sealed := pile.seal(window)) is not None:
+            while (sealed := pile.seal(window, merges_pages=merges_pages)) is not None:
                 requests += 1
                 pile.settle(sealed)
                 if not sealed.left:
@@ -63,54 +76,80 @@ def drain(trace: list[Arrival], limits: Limits) -> int:
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
-def test_the_yardstick_is_what_the_real_cut_does_with_everything_at_hand(kind: str) -> None:
+@pytest.mark.parametrize("batch", [Batch(), Batch(merge="page"), Batch(merge="page", measure="compressed")])
+def test_the_yardstick_is_what_the_real_cut_does_with_everything_at_hand(kind: str, batch: Batch) -> None:
     """On recorded traffic the optimum, counted by a few lines of its own, is what the relay's cut makes of it."""
     trace = arrivals(kind, 6, 1_500, seed=3)
-    optimum = fewest_requests(trace, LIMITS)
+    merges_pages = batch.merge == "page"
+    optimum = fewest_requests(trace, batch.limits, merges_pages=merges_pages)
     # A final that has to wait for another window of its session may cost its window one more.
     finals = sum(arrival.is_final for arrival in trace) if kind in ("browsing", "mix") else 0  # the others have one
-    assert optimum <= drain(trace, LIMITS) <= optimum + finals
+    drained = drain(trace, batch.limits, run_bytes=batch.max_bytes, merges_pages=merges_pages)
+    assert optimum <= drained <= optimum + finals
     assert 0 < optimum < len(trace)
 
 
 batches = st.lists(
-    st.tuples(st.integers(0, 1), st.lists(st.integers(1, 90), min_size=1, max_size=9)), min_size=1, max_size=6
+    st.tuples(st.integers(0, 2), st.lists(st.integers(1, 90), min_size=1, max_size=9)), min_size=1, max_size=6
 )
 
 
-def fewest_by_search(trace: list[Arrival]) -> int:
+def fits(run: list[tuple[Arrival, int]], limits: Limits) -> bool:
+    """Return whether events, each by its client batch and its index in that, may be one batch; it is really made."""
+    if len(run) > limits.max_events:
+        return len(run) == 1
+    pieces: list[tuple[Arrival, list[int]]] = []
+    for arrival, index in run:
+        if not pieces or pieces[-1][0] is not arrival:
+            pieces.append((arrival, []))
+        pieces[-1][1].append(index)
+    for count in range(1, len(pieces) + 1):  # with the envelope of each
+        last, indexes = pieces[count - 1]
+        runs = [b",".join(arrival.batch.events[index] for index in found) for arrival, found in pieces[:count]]
+        prefix = body_prefix(last.batch.envelope, b"1700000000000", address(run[0][0].sequence, run[0][1]))
+        suffix = body_suffix(is_final=last.is_final and indexes[-1] == len(last.batch.events) - 1)
+        body = assemble(prefix, [Piece(SegmentDeflater().deflate(one), crc32(one), len(one)) for one in runs], suffix)
+        size = len(prefix) + len(b",".join(runs)) + len(suffix)
+        if (size > limits.max_bytes or len(body) > limits.max_gzip_bytes) and len(run) > 1:
+            return False
+    return True
+
+
+def fewest_by_search(trace: list[Arrival], limits: Limits, *, merges_pages: bool) -> int:
     """Return the fewest batches by trying every place to end each: exponential, and beyond doubt."""
-    events = [
-        (arrival.batch.envelope, len(event), arrival.is_final and index == len(arrival.batch.events) - 1)
-        for arrival in trace
-        for index, event in enumerate(arrival.batch.events)
-    ]
+    events = [(arrival, index) for arrival in trace for index in range(len(arrival.batch.events))]
     fewest = [0]
     for end in range(1, len(events) + 1):
         options = []
-        for start in range(end):
+        for start in range(max(0, end - limits.max_events), end):
             run = events[start:end]
-            fixed = overhead_bytes(run[0][0]) if end - start > 1 else 0
-            size = sum(size for _, size, _ in run) + len(run) - 1
-            fits = end - start == 1 or (len(run) <= SMALL.max_events and fixed + size <= SMALL.max_bytes)
-            if fits and all(one[0] == other[0] for one, other in pairwise(run)):
+            likenesses = [arrival.batch.likeness for arrival, _ in run]
+            may_merge = len({each.pageless if merges_pages else each.digest for each in likenesses}) == 1
+            if may_merge and fits(run, limits):
                 options.append(fewest[start] + 1)
         fewest.append(min(options))
     return fewest[-1]
 
 
-@given(batches=batches)
-def test_nothing_beats_the_yardstick(batches: list[tuple[int, list[int]]]) -> None:
-    """No other choice of batches delivers a window with fewer requests."""
-    trace = make_trace(batches)
-    assert fewest_requests(trace, SMALL) <= fewest_by_search(trace)
+@given(batches=batches, is_final=st.booleans(), limits=st.sampled_from([SMALL, MEASURED]), merges_pages=st.booleans())
+def test_nothing_beats_the_yardstick(
+    batches: list[tuple[int, list[int]]], is_final: bool, limits: Limits, merges_pages: bool
+) -> None:
+    """No other choice of batches delivers a window with fewer requests, and the yardstick's is one."""
+    trace = make_trace(batches, is_final=is_final)
+    optimum = fewest_requests(trace, limits, merges_pages=merges_pages)
+    assert optimum == fewest_by_search(trace, limits, merges_pages=merges_pages)
 
 
-@given(batches=batches, is_final=st.booleans())
-def test_the_real_cut_reaches_the_yardstick(batches: list[tuple[int, list[int]]], is_final: bool) -> None:
+@given(batches=batches, is_final=st.booleans(), limits=st.sampled_from([SMALL, MEASURED]), merges_pages=st.booleans())
+def test_the_real_cut_reaches_the_yardstick(
+    batches: list[tuple[int, list[int]]], is_final: bool, limits: Limits, merges_pages: bool
+) -> None:
     """Whatever the sizes, envelopes and limits, a drained window costs the optimum exactly."""
     trace = make_trace(batches, is_final=is_final)
-    assert drain(trace, SMALL) == fewest_requests(trace, SMALL)
+    run_bytes = SMALL.max_bytes if limits == SMALL else 10_000
+    optimum = fewest_requests(trace, limits, merges_pages=merges_pages)
+    assert drain(trace, limits, run_bytes=run_bytes, merges_pages=merges_pages) == optimum
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
