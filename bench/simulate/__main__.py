@@ -1,26 +1,36 @@
 """The schedule on virtual time.
 
-    python -m bench.simulate [--kind KIND|all] [--sessions N] [--seconds S] [--seed N] [--requests-per-minute N]
-                             [--outage FROM-UNTIL] [--refused-share X] [--plots DIRECTORY] [--json]
+    python -m bench.simulate [loads|options|outages] [--kind KIND|all] [--sessions N] [--seconds S] [--seed N]
+                             [--requests-per-minute N] [--outage FROM-UNTIL] [--refused-share X]
+                             [--merge strict|page|page-when-scarce] [--measure json|compressed]
+                             [--plots DIRECTORY] [--json]
 
-Without `--sessions` every kind of traffic is run at several loads, and three tables are printed: at saturation, at
-nine tenths of what the optimum can carry, and how many sessions a key carries. With `--sessions` it is one trace of
-each kind. README.md says what the figures mean.
+`loads` runs every kind of traffic at several loads and prints how many sessions a key carries, and what comes of them
+at nine tenths of what the optimum can carry, at all of it, and beyond. With `--sessions` it is one trace of each kind.
+`options` compares the options that widen a batch, `outages` shows what comes behind an outage. README.md says what the
+figures mean.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar, get_args
 
 import msgspec
 
-from bench.simulate.study import BUSY_LOAD, SATURATED_LOAD, Run, Study
+from bench.simulate.outages import print_outages, run_outages
+from bench.simulate.study import BUSY_LOAD, SATURATED_LOAD, Study
+from bench.simulate.tables import print_runs, print_table
 from bench.simulate.traffic import KINDS
 from bench.simulate.upstream import Weather
-from relay.config import Budget, Config
+from bench.simulate.widening import compare_options, print_options
+from relay.config import Batch, Budget, Config
+from relay.protocol.cut import Measure, Merge
+
+T = TypeVar("T")
 
 _ALL = (*(kind.name for kind in KINDS), "mix")
 
@@ -32,21 +42,35 @@ def main() -> None:
     """Run the study that the command line asks for."""
     options = _options(sys.argv[1:])
     weather = Weather(options.requests_per_minute, outages=tuple(options.outage), refused_share=options.refused_share)
-    config = Config(budget=Budget(requests_per_minute=options.requests_per_minute))
-    study = Study(options.seconds, weather, config, options.seed)
     kinds = _ALL if options.kind == "all" else (options.kind,)
+    budget = Budget(requests_per_minute=options.requests_per_minute)
+    if options.study == "options":
+        compared = compare_options(kinds, options.seconds, weather, budget, options.seed)
+        _show(compared, print_options, as_json=options.json)
+        return
+    if options.study == "outages":
+        found = run_outages(kinds, options.seconds, options.requests_per_minute, options.seed)
+        _show(found, print_outages, as_json=options.json)
+        return
+    config = Config(batch=Batch(merge=options.merge, measure=options.measure), budget=budget)
+    study = Study(options.seconds, weather, config, options.seed)
     if options.sessions:
         runs = [study.run(kind, options.sessions) for kind in kinds]
-        if options.json:
-            print(msgspec.json.encode(runs).decode())
-        else:
-            _print_runs(f"{options.sessions} sessions", runs)
+        _show(runs, lambda runs: print_runs(f"{options.sessions} sessions", runs), as_json=options.json)
         return
     _study(study, kinds, options)
 
 
+def _show(found: T, print_tables: Callable[[T], None], *, as_json: bool) -> None:
+    if as_json:
+        print(msgspec.json.encode(found).decode())
+    else:
+        print_tables(found)
+
+
 def _options(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.simulate", description="The schedule on virtual time.")
+    parser.add_argument("study", nargs="?", choices=("loads", "options", "outages"), default="loads")
     parser.add_argument("--kind", choices=(*_ALL, "all"), default="all", help="kind of traffic (all)")
     parser.add_argument("--sessions", type=int, help="concurrent sessions of a single run; without: a whole study")
     parser.add_argument("--seconds", type=float, default=3_600.0, help="length of a trace (3600)")
@@ -54,6 +78,8 @@ def _options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--requests-per-minute", type=int, default=100, help="upstream's limit (100)")
     parser.add_argument("--outage", type=_span, action="append", default=[], help="seconds, FROM-UNTIL; repeatable")
     parser.add_argument("--refused-share", type=float, default=0.0, help="requests answered 429 without reason (0)")
+    parser.add_argument("--merge", choices=get_args(Merge), default="strict", help="batch.merge (strict)")
+    parser.add_argument("--measure", choices=get_args(Measure), default="json", help="batch.measure (json)")
     parser.add_argument("--plots", type=Path, help="directory for PNG files; needs the extra `bench`")
     parser.add_argument("--json", action="store_true", help="print one JSON array of runs instead of tables")
     return parser.parse_args(words)
@@ -82,7 +108,7 @@ def _study(study: Study, kinds: Sequence[str], options: argparse.Namespace) -> N
         print(msgspec.json.encode([run for found in runs.values() for run in found.values()]).decode())
         return
     print(f"sessions that one key of {allowance} requests a minute carries\n")
-    _print_table(
+    print_table(
         ("traffic", "batches/min", "optimum/min", "direct", "relay", "gain"),
         (
             (
@@ -99,44 +125,7 @@ def _study(study: Study, kinds: Sequence[str], options: argparse.Namespace) -> N
     )
     for load in (BUSY_LOAD, 1.0, SATURATED_LOAD):
         print()
-        _print_runs(f"the optimum needs {load:.0%} of the allowance", [found[load] for found in runs.values()])
-
-
-def _print_runs(title: str, runs: Iterable[Run]) -> None:
-    print(f"{title}\n")
-    _print_table(
-        (
-            *("traffic", "sessions", "requests/optimum", "events/min", "fullness", "delivered", "lost", "429"),
-            *("all p50/p95/max s", "finals", "snapshots", "direct", "one for one"),
-        ),
-        (
-            (
-                run.kind,
-                str(run.sessions),
-                f"{run.ratio:.3f}",
-                f"{run.relay.delivered / run.relay.seconds * 60:,.0f}",
-                f"{run.relay.fullness:.0%}",
-                f"{run.relay.delivered_share:.1%}",
-                str(run.relay.lost),
-                str(run.relay.limited),
-                *(
-                    f"{d.p50:.0f}/{d.p95:.0f}/{d.max:.0f}"
-                    for d in (run.relay.all, run.relay.finals, run.relay.snapshots)
-                ),
-                f"{run.direct.delivered_share:.1%}",
-                f"{run.one_for_one.delivered_share:.1%}",
-            )
-            for run in runs
-        ),
-    )
-
-
-def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a Markdown table, as README.md has it."""
-    print("| " + " | ".join(head) + " |")
-    print("|" + "---|" * len(head))
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
+        print_runs(f"the optimum needs {load:.0%} of the allowance", [found[load] for found in runs.values()])
 
 
 if __name__ == "__main__":

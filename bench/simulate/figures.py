@@ -35,6 +35,45 @@ def _quantile(ordered: list[tuple[float, int]], rank: float) -> float:
     return ordered[-1][0]
 
 
+class Delivery(msgspec.Struct, frozen=True, gc=False):
+    """Events of one client batch that got upstream together."""
+
+    session: int
+    accepted_at: float
+    delivered_at: float
+    events: int
+
+    @property
+    def waited(self) -> tuple[float, int]:
+        """Delay and events."""
+        return self.delivered_at - self.accepted_at, self.events
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """What came behind an outage."""
+
+    backlog: int
+    """Events that were accepted and not upstream when it ended."""
+    seconds: float
+    """From its end until the last of them was upstream."""
+    waiting: Delays
+    """Of the events accepted in that time of sessions that had some in the backlog, behind which they must wait."""
+    live: Delays
+    """Of those accepted in that time of all other sessions."""
+
+
+def drain(deliveries: Iterable[Delivery], ended_at: float) -> Drain:
+    """Return what came behind an outage that ended at `ended_at`."""
+    later = [each for each in deliveries if each.delivered_at > ended_at]
+    backlog = [each for each in later if each.accepted_at <= ended_at]
+    until = max((each.delivered_at for each in backlog), default=ended_at)
+    behind = {each.session for each in backlog}
+    meanwhile = [each for each in later if ended_at < each.accepted_at <= until]
+    waiting = delays(each.waited for each in meanwhile if each.session in behind)
+    live = delays(each.waited for each in meanwhile if each.session not in behind)
+    return Drain(sum(each.events for each in backlog), until - ended_at, waiting, live)
+
+
 class Outcome(msgspec.Struct, frozen=True):
     """What came of a trace, sent in one way."""
 
@@ -61,6 +100,8 @@ class Outcome(msgspec.Struct, frozen=True):
     """First full snapshots."""
     by_reason: dict[str, int]
     """Upstream batches by why they were sent."""
+    drains: tuple[Drain, ...] = ()
+    """Behind each outage."""
 
     @property
     def delivered_share(self) -> float:

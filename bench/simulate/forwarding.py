@@ -15,7 +15,7 @@ from math import inf
 
 import msgspec
 
-from bench.simulate.figures import Outcome, delays
+from bench.simulate.figures import Delivery, Outcome, delays, drain
 from bench.simulate.pile import Pile, Sealed, parting_of
 from bench.simulate.traffic import Arrival
 from bench.simulate.upstream import Reply, Upstream, Weather
@@ -55,6 +55,7 @@ class Forwarding:
         self._arrivals = arrivals
         self._seconds = seconds
         self._chance = random.Random(seed)
+        self._outages = weather.outages
         self._upstream = Upstream(weather, self._chance)
         self._limits = config.batch.limits
         self._pile = Pile(self._limits, config.batch.max_bytes)
@@ -72,7 +73,7 @@ class Forwarding:
         self._failures: dict[int, int] = {}
         self._requests = 0
         self._delivered = 0
-        self._delays: list[tuple[float, int]] = []
+        self._deliveries: list[Delivery] = []
         self._finals: list[tuple[float, int]] = []
         self._snapshots: list[tuple[float, int]] = []
         self._fullness: list[float] = []
@@ -186,16 +187,16 @@ class Forwarding:
         if now <= self._seconds:
             self._delivered += sealed.events
         for segment in sealed.segments:
-            waited = (now - segment.arrival.at, segment.end - segment.start)
-            self._delays.append(waited)
+            delivery = Delivery(sealed.session, segment.arrival.at, now, segment.end - segment.start)
+            self._deliveries.append(delivery)
             if segment.arrival.is_final:
-                self._finals.append(waited)
+                self._finals.append(delivery.waited)
             if segment.arrival.is_first_snapshot:
-                self._snapshots.append(waited)
+                self._snapshots.append(delivery.waited)
 
     def _outcome(self) -> Outcome:
         events = sum(len(arrival.batch.events) for arrival in self._arrivals)
-        found = delays(self._delays)
+        found = delays(delivery.waited for delivery in self._deliveries)
         return Outcome(
             seconds=self._seconds,
             events=events,
@@ -209,4 +210,5 @@ class Forwarding:
             finals=delays(self._finals),
             snapshots=delays(self._snapshots),
             by_reason=dict(sorted(self._reasons.items())),
+            drains=tuple(drain(self._deliveries, ended_at) for _, ended_at in self._outages),
         )

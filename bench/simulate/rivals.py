@@ -3,35 +3,37 @@
 Rules:
 1. Both are treated well: no network of theirs fails, and no request is wasted on a retry.
 2. Direct sending knows no waiting. A batch beyond the limit is answered 429 and lost, as with a page that is closing
-   or an SDK whose buffer has gone on. What follows it in its tab is ruined up to the next full snapshot: mutations of
-   a document that the player does not have.
-3. One-for-one forwarding has an endless queue, first come, first served, and the relay's budget.
+   or an SDK whose buffer has gone on; so is one that meets an outage. What follows it in its tab is ruined up to the
+   next full snapshot: mutations of a document that the player does not have.
+3. One-for-one forwarding has an endless queue, first come, first served, and the relay's budget. It is spared outages.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from random import Random
 
 from bench.simulate.figures import Delays, Outcome, delays
 from bench.simulate.traffic import Arrival
-from bench.simulate.upstream import Weather
+from bench.simulate.upstream import Upstream, Weather
 from relay.config import Config
 from relay.protocol.budget import WINDOW_SECONDS
-from relay.sandbox.limiter import RequestWindow
 
 _NO_DELAYS = Delays(0.0, 0.0, 0.0, 0)
 
 
-def send_directly(arrivals: Sequence[Arrival], seconds: float, weather: Weather, config: Config) -> Outcome:
+def send_directly(
+    arrivals: Sequence[Arrival], seconds: float, weather: Weather, config: Config, seed: int = 0
+) -> Outcome:
     """Send every client batch as it comes."""
-    window = RequestWindow(weather.requests_per_minute)
+    upstream = Upstream(weather, Random(seed))
     broken: set[tuple[int, int]] = set()
     delivered = lost = ruined = requests = 0
     for arrival in arrivals:
         count = len(arrival.batch.events)
         requests += 1
-        if window.admit(arrival.at):
+        if upstream.answer(arrival.at).status != 200:
             lost += count
             broken.add(arrival.window)
             continue
@@ -47,7 +49,7 @@ def send_directly(arrivals: Sequence[Arrival], seconds: float, weather: Weather,
         lost=lost,
         ruined=ruined,
         requests=requests,
-        limited=requests - window.counted,
+        limited=upstream.limited,
         fullness=_mean_fullness(arrivals, config),
         all=_NO_DELAYS,
         finals=_NO_DELAYS,

@@ -110,7 +110,7 @@ class Study:
             sum(arrival.batch.run_bytes(0, len(arrival.batch.events)) for arrival in trace),
             self._optimum(trace),
             Forwarding(trace, self.seconds, self.weather, self._config, self._seed).run(),
-            send_directly(trace, self.seconds, self.weather, self._config),
+            send_directly(trace, self.seconds, self.weather, self._config, self._seed),
             forward_one_for_one(trace, self.seconds, self.weather, self._config),
         )
 

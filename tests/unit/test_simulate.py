@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.simulate.figures import delays
+from bench.simulate.figures import Delays, Delivery, Drain, delays, drain
 from bench.simulate.forwarding import Forwarding
 from bench.simulate.optimum import fewest_requests
 from bench.simulate.pile import Pile
@@ -57,7 +57,7 @@ def make_trace(batches: list[tuple[int, list[int]]], *, is_final: bool = False) 
     ]
 
 
-def drain(trace: list[Arrival], limits: Limits, *, run_bytes: int, merges_pages: bool) -> int:
+def count_sealed(trace: list[Arrival], limits: Limits, *, run_bytes: int, merges_pages: bool) -> int:
     """Return the batches that the pile seals when all of a trace lies in it, finals last as the schedule has them."""
     pile = Pile(limits, run_bytes)
     windows = {pile.append(arrival)[0] for arrival in trace}
@@ -84,7 +84,7 @@ def test_the_yardstick_is_what_the_real_cut_does_with_everything_at_hand(kind: s
     optimum = fewest_requests(trace, batch.limits, merges_pages=merges_pages)
     # A final that has to wait for another window of its session may cost its window one more.
     finals = sum(arrival.is_final for arrival in trace) if kind in ("browsing", "mix") else 0  # the others have one
-    drained = drain(trace, batch.limits, run_bytes=batch.max_bytes, merges_pages=merges_pages)
+    drained = count_sealed(trace, batch.limits, run_bytes=batch.max_bytes, merges_pages=merges_pages)
     assert optimum <= drained <= optimum + finals
     assert 0 < optimum < len(trace)
 
@@ -149,7 +149,7 @@ def test_the_real_cut_reaches_the_yardstick(
     trace = make_trace(batches, is_final=is_final)
     run_bytes = SMALL.max_bytes if limits == SMALL else 10_000
     optimum = fewest_requests(trace, limits, merges_pages=merges_pages)
-    assert drain(trace, limits, run_bytes=run_bytes, merges_pages=merges_pages) == optimum
+    assert count_sealed(trace, limits, run_bytes=run_bytes, merges_pages=merges_pages) == optimum
 
 
 @pytest.mark.parametrize("kind", KIND_NAMES)
@@ -170,21 +170,30 @@ def test_traffic_is_such_as_an_sdk_sends(kind: str) -> None:
     assert any(arrival.is_final for arrival in last.values())
 
 
+STORM = Weather(outages=((300.0, 700.0),), refused_share=0.01)
+WIDE = Batch(merge="page-when-scarce", measure="compressed")
+
+
 @pytest.mark.parametrize("kind", KIND_NAMES)
-@pytest.mark.parametrize("weather", [Weather(), Weather(outages=((300.0, 700.0),), refused_share=0.01)])
-def test_the_relay_delivers_every_event_and_brings_no_429_upon_itself(kind: str, weather: Weather) -> None:
-    """Whatever the traffic and the weather, with more sessions than direct sending carries."""
+@pytest.mark.parametrize(("weather", "batch"), [(Weather(), Batch()), (STORM, Batch()), (STORM, WIDE)])
+def test_the_relay_delivers_every_event_and_brings_no_429_upon_itself(
+    kind: str, weather: Weather, batch: Batch
+) -> None:
+    """Whatever the traffic, the weather and the options, with more sessions than direct sending carries."""
     trace = arrivals(kind, 24, 1_200, seed=2)
-    outcome = Forwarding(trace, 1_200, weather, Config(), seed=2).run()
+    outcome = Forwarding(trace, 1_200, weather, Config(batch=batch), seed=2).run()
     assert (outcome.lost, outcome.limited) == (0, 0)
     assert outcome.all.count == sum(len(arrival.batch.events) for arrival in trace)
+    assert [behind.backlog > 0 for behind in outcome.drains] == [True] * len(weather.outages)
     assert send_directly(trace, 1_200, weather, Config()).lost > 0
 
 
-@pytest.mark.parametrize("kind", KIND_NAMES)
-def test_a_saturated_relay_spends_hardly_more_than_the_optimum(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "batch"), [*((kind, Batch()) for kind in KIND_NAMES), ("browsing", WIDE), ("mix", WIDE)]
+)
+def test_a_saturated_relay_spends_hardly_more_than_the_optimum(kind: str, batch: Batch) -> None:
     """With always more to send than may be sent, requests are within 1.05 of the fewest there can be."""
-    study = Study(1_800.0, Weather(requests_per_minute=30), Config(), seed=4)
+    study = Study(1_800.0, Weather(requests_per_minute=30), Config(batch=batch), seed=4)
     run = study.run(kind, study.demand(kind).sessions_at(1.3, 30))
     assert run.ratio <= 1.05
     assert (run.relay.lost, run.relay.limited) == (0, 0)
@@ -210,6 +219,23 @@ def test_rivals_are_counted_by_hand() -> None:
     assert (direct.delivered, direct.lost, direct.ruined, direct.limited) == (9, 6, 0, 1)
     queued = forward_one_for_one(trace, 100.0, weather, Config())
     assert (queued.delivered, queued.lost, queued.all.max) == (15, 0, 60.25 + 0.5 - 2.0 + 0.5)
+
+
+def test_direct_sending_loses_what_meets_an_outage() -> None:
+    """And with it what follows in its tab, for lack of a snapshot."""
+    trace = make_trace([(0, [1] * 4), (0, [1] * 5), (0, [1] * 6)])
+    direct = send_directly(trace, 100.0, Weather(outages=((0.5, 1.5),)), Config())
+    assert (direct.delivered, direct.lost, direct.ruined, direct.limited) == (10, 5, 6, 0)
+
+
+def test_a_drain_is_counted_by_hand() -> None:
+    """What was waiting at the outage's end, until when, and who came meanwhile: behind its own backlog or not."""
+    deliveries = [
+        *(Delivery(1, 10, 20, 100), Delivery(1, 30, 70, 5), Delivery(2, 49, 90, 7)),
+        *(Delivery(1, 60, 75, 1), Delivery(3, 60, 62, 2), Delivery(3, 95, 99, 3)),
+    ]
+    assert drain(deliveries, 50) == Drain(12, 40, Delays(15, 15, 15, 1), Delays(2, 2, 2, 2))
+    assert drain(deliveries, 100) == Drain(0, 0, Delays(0, 0, 0, 0), Delays(0, 0, 0, 0))
 
 
 @given(st.lists(st.tuples(st.floats(0, 9), st.integers(1, 5)), min_size=1))
