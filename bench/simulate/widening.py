@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from bench.simulate.optimum import fewest_requests
 from bench.simulate.study import BUSY_LOAD, SATURATED_LOAD, Demand, Run, Study
 from bench.simulate.tables import print_table
+from bench.simulate.traffic import KINDS, Arrival, visit
 from bench.simulate.upstream import Weather
 from relay.config import Batch, Budget, Config
 
@@ -67,8 +69,28 @@ def print_options(found: dict[str, list[Widened]]) -> None:
             for kind, row in found.items()
         ),
     )
+    print("\nrequests for each recording as it was recorded, with all of it at hand\n")
+    print_table(("recording", "client batches", *OPTIONS), _recorded())
     runs = [run for row in found.values() for each in row for run in (each.busy, each.saturated)]
     print(f"\nlost: {sum(run.relay.lost for run in runs)}, 429: {sum(run.relay.limited for run in runs)}")
+
+
+def _recorded() -> Iterator[tuple[str, ...]]:
+    """Yield the requests of each recording under each choice of options, and of all of them."""
+    sums = [0] * (1 + len(OPTIONS))
+    for name in sorted({name for kind in KINDS for name in kind.recordings}):
+        batches = visit(name, 1.0, is_continued=False).batches
+        trace = [
+            Arrival(batch.due_seconds, 1, (1, batch.window), sequence, batch, False, False)
+            for sequence, batch in enumerate(batches)
+        ]
+        requests = [
+            fewest_requests(trace, batch.limits, merges_pages=batch.merge != "strict") for batch in OPTIONS.values()
+        ]
+        row = [len(batches), *requests]
+        sums = [one + other for one, other in zip(sums, row, strict=True)]
+        yield (name, *map(str, row))
+    yield ("all", *map(str, sums))
 
 
 def _saving(one: Widened, strict: Widened) -> str:
