@@ -50,12 +50,12 @@ _MEND = (
     "DELETE FROM dead_letter WHERE window_id NOT IN (SELECT id FROM window)",
     "DELETE FROM mark WHERE window_id NOT IN (SELECT id FROM window)",
     "DELETE FROM body WHERE id NOT IN (SELECT body_id FROM segment UNION ALL SELECT body_id FROM dead_letter)",
-    "DELETE FROM envelope WHERE id NOT IN"
-    " (SELECT envelope_id FROM segment UNION ALL SELECT envelope_id FROM dead_letter)",
     # A batch has what is left of it; its number and its JSON beside the events are what they were.
     "CREATE TEMP TABLE left_of AS SELECT batch_id, sum(events) events FROM segment"
     " WHERE batch_id IS NOT NULL GROUP BY batch_id",
     "DELETE FROM batch WHERE id NOT IN (SELECT batch_id FROM left_of)",
+    "DELETE FROM envelope WHERE id NOT IN (SELECT envelope_id FROM segment"
+    " UNION ALL SELECT envelope_id FROM dead_letter UNION ALL SELECT envelope_id FROM batch)",
     "UPDATE batch SET events = (SELECT events FROM left_of WHERE batch_id = batch.id)"
     " WHERE id IN (SELECT batch_id FROM left_of)",
     # What is spooled has a mark, so that its numbers are not given out again.
@@ -252,7 +252,7 @@ def _insert(target: apsw.Connection, table: str, row: tuple[Any, ...]) -> None:
 
 
 def _rebuild_batches(target: apsw.Connection, now: float) -> None:
-    """Make the batches anew whose row is lost, from their segments: the first bears the number."""
+    """Make the batches anew whose row is lost, from their segments: the first has the number, the last the envelope."""
     lost: Any = target.execute(
         "SELECT batch_id, session_id, segment.window_id, address, envelope_id, last_activity, is_final, events"
         " FROM segment JOIN window ON window.id = segment.window_id"
@@ -263,7 +263,7 @@ def _rebuild_batches(target: apsw.Connection, now: float) -> None:
         batch = batches.setdefault(
             batch_id, [batch_id, session_id, window_id, address, address, envelope_id, b"", 0, 0, now]
         )
-        batch[4] = address
+        batch[4], batch[5] = address, envelope_id
         batch[6] = later_activity(batch[6], activity)
         batch[7] = is_final
         batch[8] += events

@@ -32,6 +32,7 @@ _RULES = {
     "segments without their bytes": "SELECT 1 FROM holder WHERE body_id NOT IN (SELECT id FROM body)",
     "segments that share their bytes": "SELECT 1 FROM holder GROUP BY body_id HAVING count(*) > 1",
     "segments without their envelope": "SELECT 1 FROM holder WHERE envelope_id NOT IN (SELECT id FROM envelope)",
+    "batches without their envelope": "SELECT 1 FROM batch WHERE envelope_id NOT IN (SELECT id FROM envelope)",
     "segments without their window": "SELECT 1 FROM holder WHERE window_id NOT IN (SELECT id FROM window)",
     "windows without their session": "SELECT 1 FROM window WHERE session_id NOT IN (SELECT id FROM session)",
     "sessions without their key": "SELECT 1 FROM session WHERE key_id NOT IN (SELECT id FROM key)",

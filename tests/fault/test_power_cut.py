@@ -113,7 +113,7 @@ def assert_survives(workload: Workload, disk: Disk, fate: Fate, chance: random.R
         survivor.is_accounted()
         survivor.leaves_no_orphans()
         assert survivor.db.pragma("integrity_check") == "ok"
-        survivor.append(drawn=[("luc_pk_a", "s1", "w1", 99, [60, 300], "/a", "", 5)])
+        survivor.append(drawn=[("luc_pk_a", "s1", "w1", 99, [60, 300], "/a", "a", "", 5)])
         if chance.random() < DRAINS:
             survivor.deliver_all()
         survivor.is_accounted()

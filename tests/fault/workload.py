@@ -197,7 +197,7 @@ class Workload(StoreMachine):
             self.open()
             self.finds_what_was_sealed()
         elif action == "seal":
-            self.seal_place(self.chance.choice(full), merges_pages=self.chance.random() < 0.5)
+            self.seal_place(self.chance.choice(full), merges_pages=self.names % 2 == 0)
         elif action == "resend":
             self.resend(ids=set(self.chance.sample(sorted(self.dead), 1)))
         elif action == "purge":
@@ -229,7 +229,7 @@ class Workload(StoreMachine):
             self.chance.randint(0, 9),
             sizes,
             choice(("/a", "/b")),
-            choice(("a", "a", "b")),
+            "b" if self.names % 5 == 0 else "a",
             choice(("", "", "", "final")),
             self.names,
         )
