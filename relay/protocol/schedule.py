@@ -23,7 +23,8 @@ Rules:
    wait until demand sinks.
 6. A choice costs O(log n), however the windows are spread over sessions: a session queues its windows, and stands in
    one of the lane's queues with the best of them only. Stale entries are not removed but recognised, by their stamp;
-   there is a new entry only where something has changed, so they are a few for each choice.
+   there is a new entry only where something has changed, so they are a few for each choice. However much falls due
+   at a time, a look at it takes a bounded number of steps.
 7. A window takes the same room however much of it is pending. What is counted here is an aid to choosing: the cut is
    made by the spool, from what is really there, and after each the spool says what it left.
 8. With `batch.merge = "page-when-scarce"` the rule of merging changes with every choice, as the caller says. Sessions
@@ -50,6 +51,10 @@ needs nine tenths of the budget; those of all others sooner."""
 MAX_OPEN_SECONDS = 900.0
 """The age at which an open run counts as complete. In the simulator, with quiet readers who demand 120% of the budget,
 it takes 1.022 times the optimum at 300 s, 1.006 at 600, 1.005 at 900 and at 1800."""
+
+_MOST_MOVED = 250
+"""Runs that fall due at one look, about 1 ms. Where more are due at a time, as after a restart, the next looks have the
+rest: whoever asks has more to do than this, and what is due cannot all be sent at once anyway."""
 
 _RETRY, _COMPLETE, _OPEN = range(3)
 
@@ -158,7 +163,7 @@ class Schedule:
         self._sessions: dict[int, _Session] = {}
         self._windows: dict[int, _Window] = {}
         self._waiting: list[tuple[float, int, int]] = []
-        """(due_at, stamp, session_id)"""
+        """(due_at, stamp, session_id) of sessions with runs that are not looked at yet"""
         self._retries: list[tuple[float, int, int]] = []
         """(retry_at, stamp, session_id)"""
         self._live: deque[tuple[int, int]] = deque()
@@ -309,9 +314,10 @@ class Schedule:
     def ready_at(self, now: float) -> float:
         """Return when there may be something to send: `now`, later, or inf."""
         self._ripen(now)
-        if self._retries or self._live or self._backlog or self._open:
+        if self._live or self._backlog or self._open:
             return now
-        return self._waiting[0][0] if self._waiting else inf
+        waiting = (queue[0][0] for queue in (self._retries, self._waiting) if queue)
+        return max(now, min(waiting, default=inf))
 
     def choose(self, now: float, *, is_scarce: bool = False) -> Choice | None:
         """Choose what to send and make its session busy; None where nothing is due.
@@ -322,7 +328,7 @@ class Schedule:
         """
         self._merges_pages = self._merge == "page" or (self._merge == "page-when-scarce" and is_scarce)
         self._ripen(now)
-        if self._retries:
+        if self._retries and self._retries[0][0] <= now:
             session_id = heapq.heappop(self._retries)[-1]
         elif self._live or self._backlog:
             session_id = self._next_in_line()
@@ -419,7 +425,8 @@ class Schedule:
         session.place = place
         self._stamp += 1
         session.stamp = self._stamp
-        heapq.heappush(self._waiting, (place[0], session.stamp, session.session_id))
+        queue = self._retries if place[1] == _RETRY else self._waiting
+        heapq.heappush(queue, (place[0], session.stamp, session.session_id))
 
     def _place_of(self, session: _Session) -> tuple[float, int, float]:
         if session.batch_id is not None:
@@ -436,38 +443,39 @@ class Schedule:
         return session is not None and session.stamp == stamp
 
     def _ripen(self, now: float) -> None:
-        """Move what is due from the waiting to the ready, and drop stale entries from all heads."""
-        while self._waiting:
-            due_at, stamp, session_id = self._waiting[0]
-            is_current = self._is_current(stamp, session_id)
-            if is_current and due_at > now:
+        """Move what is due from the waiting to the ready, up to a bound, and drop stale entries from all heads."""
+        for queue in (self._waiting, self._retries, self._open):
+            self._drop_stale(queue)
+        for _ in range(_MOST_MOVED):
+            if not self._waiting or self._waiting[0][0] > now:
                 break
-            heapq.heappop(self._waiting)
-            if is_current:
-                self._ready(self._sessions[session_id], now)
-        while self._retries and not self._is_current(*self._retries[0][1:]):
-            heapq.heappop(self._retries)
-        while self._open:
-            oldest_at, stamp, session_id = self._open[0]
-            is_current = self._is_current(stamp, session_id)
-            if is_current and oldest_at + MAX_OPEN_SECONDS > now:
+            self._ready(self._sessions[heapq.heappop(self._waiting)[-1]], now)
+            self._drop_stale(self._waiting)
+        for _ in range(_MOST_MOVED):
+            if not self._open or self._open[0][0] + MAX_OPEN_SECONDS > now:
                 break
-            heapq.heappop(self._open)
-            if is_current:
-                self._backlog.append((stamp, session_id))
-        while self._live:
-            is_current = self._stays_in_line(*self._live[0])
-            if is_current and not self._is_backlog(self._sessions[self._live[0][-1]], now):
+            self._backlog.append(heapq.heappop(self._open)[1:])
+            self._drop_stale(self._open)
+        self._leave_line(self._live)
+        for _ in range(_MOST_MOVED):
+            if not self._live or not self._is_backlog(self._sessions[self._live[0][-1]], now):
                 break
-            entry = self._live.popleft()
-            if is_current:  # it grew old in line, as all do while upstream is away
-                self._backlog.append(entry)
-        while self._backlog and not self._stays_in_line(*self._backlog[0]):
-            self._backlog.popleft()
+            self._backlog.append(self._live.popleft())  # it grew old in line, as all do while upstream is away
+            self._leave_line(self._live)
+        self._leave_line(self._backlog)
 
     def _is_backlog(self, session: _Session, now: float) -> bool:
         first = self._first(session)
         return first is not None and first.oldest_at + BACKLOG_SECONDS <= now
+
+    def _drop_stale(self, queue: list[tuple[float, int, int]]) -> None:
+        while queue and not self._is_current(*queue[0][1:]):
+            heapq.heappop(queue)
+
+    def _leave_line(self, line: deque[tuple[int, int]]) -> None:
+        """Let those at the head of a line go who do not belong there any more."""
+        while line and not self._stays_in_line(*line[0]):
+            line.popleft()
 
     def _stays_in_line(self, stamp: int, session_id: int) -> bool:
         if self._is_current(stamp, session_id) and self._merge == "page-when-scarce":
@@ -480,6 +488,4 @@ class Schedule:
             line = self._backlog if self._is_backlog(session, now) else self._live
             line.append((session.stamp, session.session_id))
         else:
-            heapq.heappush(
-                self._retries if rank == _RETRY else self._open, (oldest_at, session.stamp, session.session_id)
-            )
+            heapq.heappush(self._open, (oldest_at, session.stamp, session.session_id))

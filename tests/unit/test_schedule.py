@@ -363,8 +363,8 @@ def test_a_delivery_costs_a_few_heap_steps_however_much_is_pending(per_session: 
     """With 20 000 windows due, lingering, full or aged, in one session or in as many, each costs a constant."""
     windows = 20_000
     schedule = make_schedule(windows, per_session, events)
-    first = count_heap_steps(lambda: schedule.ready_at(now))
-    assert first <= 3 * windows // per_session + 1  # what has become due at once is moved once, by age once more
+    # Of what has become due at once each look moves a bounded part, and by age once more.
+    assert count_heap_steps(lambda: schedule.ready_at(now)) <= 3 * 250
     served = 0
 
     def serve_all() -> None:
