@@ -41,6 +41,15 @@ class Spool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
             ),
         ),
     ] = 268_435_456
+    overflow: Annotated[
+        Literal["reject", "shed-sessions"],
+        Meta(
+            description=(
+                'At these two caps: "reject" answers new batches 503; "shed-sessions" drops what is spooled of whole '
+                "sessions, the oldest first, and so loses what was accepted."
+            ),
+        ),
+    ] = "reject"
     reserve_bytes: Annotated[
         int,
         Meta(

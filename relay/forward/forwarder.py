@@ -24,7 +24,7 @@ from relay.forward.lane import Client, Clocks, Lane, LaneStatus
 from relay.forward.slots import Slots
 from relay.protocol.cut import Parting
 from relay.spool.spool import Spool
-from relay.spool.values import Appended, NewBatch, PendingWindow
+from relay.spool.values import Appended, NewBatch, PendingWindow, Shed
 from relay.telemetry import Histogram
 
 _PAGE_WINDOWS = 1_000
@@ -132,6 +132,7 @@ class Forwarder:
             self._start_lane = partial(self._add_lane, lanes, deliveries)
             self._spool.on_appended = self._note_appended
             self._spool.on_pending = self._note_added
+            self._spool.on_shed = self._note_shed
             try:
                 await self._restore()
                 task_status.started()
@@ -256,6 +257,11 @@ class Forwarder:
                 lane.add(window)
             else:
                 self._has_more = self._skipped = True
+
+    def _note_shed(self, shed: Shed) -> None:
+        lane = self._lanes.get(shed.key_id)
+        if lane is not None:
+            lane.forget(shed.session_id)
 
     def _has_room(self, lane: Lane) -> bool:
         """Return whether a lane may hold another window: while there is room for all, or up to its own share."""

@@ -184,6 +184,10 @@ class Lane:
         )
         self.wake()
 
+    def forget(self, session_id: int) -> None:
+        """Note that what was pending of a session is gone."""
+        self._schedule.forget(session_id)
+
     def knows(self, window_id: int) -> bool:
         """Return whether the schedule holds the window."""
         return self._schedule.has_window(window_id)

@@ -111,17 +111,8 @@ class _Window:
 
 class _Session:
     __slots__ = (
-        "batch_id",
-        "finals",
-        "is_busy",
-        "is_part",
-        "place",
-        "queue",
-        "retry_at",
-        "session_id",
-        "stamp",
-        "windows",
-        "withheld",
+        *("batch_id", "finals", "is_busy", "is_part", "place", "queue"),
+        *("retry_at", "session_id", "stamp", "windows", "withheld"),
     )
 
     def __init__(self, session_id: int) -> None:
@@ -301,8 +292,19 @@ class Schedule:
         else:
             del self._sessions[session_id]
 
+    def forget(self, session_id: int) -> None:
+        """Note that nothing of a session is pending any more, though none of it was sent."""
+        session = self._sessions.pop(session_id, None)
+        for window_id in session.windows if session else ():
+            del self._windows[window_id]
+        if session and session.is_busy:  # something of it was asked for, to no avail
+            self._session(session_id).is_busy = True
+
     def withhold(self, session_id: int, window_id: int) -> None:
         """Note that nothing of the window may be sent until something else happens to its session."""
+        if window_id not in self._windows:  # forgotten, while it was asked for
+            self.release(session_id)
+            return
         session = self._sessions[session_id]
         session.is_busy = False
         session.withheld.append(window_id)

@@ -219,6 +219,8 @@ def find_warnings(config: Config) -> Iterator[Finding]:
             yield Finding(option, "is not encrypted: keys and recordings travel in the clear")
     if config.spool.durability == "os":
         yield Finding("spool.durability", "a power cut or a crash of the machine loses accepted events")
+    if config.spool.overflow == "shed-sessions":
+        yield Finding("spool.overflow", "loses accepted sessions, the oldest first, when the spool is full")
     if config.spool.max_bytes < config.intake.max_decoded_bytes:
         yield Finding("spool.max_bytes", "a batch of the largest size may never fit: is <", "intake.max_decoded_bytes")
     limit = config.budget.requests_per_minute

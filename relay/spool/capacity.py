@@ -28,6 +28,9 @@ _BUSY_STEPS = 16
 _MEASURE_COMMITS = 8
 """Of such groups every eighth measures the disk, which costs as much as two batches. Eight hold 64 MiB at most."""
 
+_TIGHT_SHARE = 20
+"""A cap is near within a twentieth of it: of 10 GiB 512 MiB, which full load takes some ten seconds to fill."""
+
 log = structlog.get_logger()
 
 
@@ -84,6 +87,17 @@ class Capacity:
         if disk.free_bytes < floor:
             return f"disk is low: {disk.free_bytes} bytes free, under {floor} (spool.min_free_bytes)"
         return ""
+
+    @property
+    def is_tight(self) -> bool:
+        """Whether a cap is so near that sessions have to go, where the operator wants that."""
+        if self._settings.overflow == "reject" or self._trouble:
+            return False
+        max_bytes, floor = self._settings.max_bytes, self._settings.min_free_bytes
+        return (
+            self.disk.used_bytes >= max_bytes - max_bytes // _TIGHT_SHARE
+            or self.disk.free_bytes < floor + floor // _TIGHT_SHARE
+        )
 
     @property
     def _trouble(self) -> str:

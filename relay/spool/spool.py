@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import apsw
-import outcome
 import structlog
 import trio
 
@@ -35,9 +34,12 @@ from relay.spool.account import read_account
 from relay.spool.capacity import Capacity, open_database
 from relay.spool.dead_letters import LETTERS_A_STEP, letter_ids
 from relay.spool.marks import read_events
+from relay.spool.overflow import oldest_sessions
 from relay.spool.quarantine import Unreadable
 from relay.spool.reserve import Reserve
 from relay.spool.store import Store
+from relay.spool.threads import Run as Run
+from relay.spool.threads import run_in_thread as run_in_thread
 from relay.spool.transactions import DAMAGE, Step
 from relay.spool.values import (
     Account,
@@ -51,13 +53,11 @@ from relay.spool.values import (
     Recut,
     Refused,
     SealedBatch,
+    Shed,
     SpoolStatistics,
 )
 
 T = TypeVar("T")
-
-Run: TypeAlias = Callable[[Callable[[], Any]], Awaitable[Any]]
-"""Runs a blocking call to its end, in a thread, or inline under a virtual clock. May be cancelled only before that."""
 
 _MAX_GROUP_STEPS = 256
 """Steps of one commit: at 25 µs each a commit's own cost is long shared, and nobody waits for much longer."""
@@ -68,6 +68,9 @@ _MAX_GROUP_BYTES = 8_388_608
 _PRUNE_SECONDS = 1.0
 """Interval of housekeeping; 500 marks a second keep up with what a day's worth of full load leaves."""
 
+_OLDEST_SESSIONS = 100
+"""Looked up at a time where sessions have to go, since that looks at every segment."""
+
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
 
@@ -75,23 +78,6 @@ _CLOSE_SECONDS = 10.0
 """Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
 
 log = structlog.get_logger()
-
-
-async def run_in_thread(call: Callable[[], Any]) -> Any:
-    """Run a blocking call in a worker thread, to its end; not cancelled.
-
-    Not through `trio.to_thread`: its common places can all be taken, by DNS look-ups that hang for instance, and a
-    commit must not wait for those. The writer and one reader are all that ever run here. It also names its threads for
-    each call, which for a commit of 32 small batches cost a fiftieth of everything.
-    """
-    task = trio.lowlevel.current_task()
-    token = trio.lowlevel.current_trio_token()
-
-    def deliver(result: outcome.Outcome[Any]) -> None:
-        token.run_sync_soon(trio.lowlevel.reschedule, task, result)
-
-    trio.lowlevel.start_thread_soon(call, deliver)
-    return await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED)
 
 
 class _Group:
@@ -143,6 +129,8 @@ class Spool:
         """Called for every stored batch, in order of commit."""
         self.on_pending: Callable[[Sequence[PendingWindow]], None] = lambda _windows: None
         """Called for what is pending again, in order of commit."""
+        self.on_shed: Callable[[Shed], None] = lambda _shed: None
+        """Called for every session that is dropped for want of room, in order of commit."""
 
     # -- what may come in
 
@@ -409,8 +397,28 @@ class Spool:
                 if self._capacity.failure:
                     await self._step(self._store.try_disk)
                 self._marks_forgotten += await self._step(partial(self._prune, self._now()))
+                await self._shed_sessions()
             except SpoolUnavailable:
                 continue  # logged where the commit failed
+
+    async def _shed_sessions(self) -> None:
+        """Drop the oldest sessions, one after the other, until there is room."""
+        sessions = events = 0
+        oldest: Sequence[int] = ()
+        while self._capacity.is_tight:
+            oldest = oldest or await self._read(lambda: oldest_sessions(self._reader, _OLDEST_SESSIONS))
+            if not oldest:
+                break
+            shed = await self._step(partial(self._store.overflow.shed, oldest[0]), self._announce_shed)
+            oldest = oldest[1:]
+            if shed is not None:
+                sessions, events = sessions + 1, events + shed.events
+        if sessions:
+            log.error("sessions shed, there is no room for them", sessions=sessions, events=events)
+
+    def _announce_shed(self, shed: Shed | None) -> None:
+        if shed is not None:
+            self.on_shed(shed)
 
     def _prune(self, now: float) -> int:
         settings = self._settings

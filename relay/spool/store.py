@@ -32,6 +32,7 @@ from relay.protocol.replay import Envelope
 from relay.spool.dead_letters import DeadLetters
 from relay.spool.leftovers import Leftovers
 from relay.spool.marks import Marks
+from relay.spool.overflow import Overflow
 from relay.spool.quarantine import Quarantine, Unreadable, read_pieces
 from relay.spool.retention import Retention
 from relay.spool.segments import Segments
@@ -76,6 +77,8 @@ class Store(Transactions):
         """What upstream refuses for good."""
         self.quarantine = Quarantine(connection, self.dead_letters)
         """Where damaged segments are set aside."""
+        self.overflow = Overflow(connection, self._segments, self._count)
+        """What goes when there is no room."""
         self.leftovers = Leftovers(connection)
         """What there is to send."""
         self._reset()

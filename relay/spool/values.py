@@ -279,6 +279,15 @@ class Account(msgspec.Struct, frozen=True):
     """Whether law 2 holds: accepted = delivered + spooled + dead_lettered + purged + shed."""
 
 
+class Shed(msgspec.Struct, frozen=True, gc=False):
+    """A session that was dropped for want of room."""
+
+    key_id: int
+    session_id: int
+    events: int
+    """What was spooled of it."""
+
+
 class SpoolStatistics(msgspec.Struct, frozen=True):
     """Counters since the start, and the state of the disk at the last commit."""
 

@@ -413,3 +413,28 @@ def test_a_seal_that_left_more_than_was_counted_is_believed() -> None:
     schedule.release(1)
     assert schedule.ready_at(0) == 3 + LINGER
     assert schedule.choose(3 + LINGER) == Choice(1, 1, None, "lingered")
+
+
+def test_a_forgotten_session_leaves_nothing_behind() -> None:
+    """Whether it waits, is withheld or is being asked for, its windows are gone; what comes later is served."""
+    schedule = make_schedule(6, 2)
+    schedule.forget(1)
+    schedule.forget(9)
+    now = LINGER + 2
+    for _ in range(2):
+        choice = schedule.choose(now)
+        assert choice is not None
+        assert choice.window_id is not None
+        assert choice.session_id in (2, 3)
+        if choice.session_id == 2:
+            schedule.withhold(2, choice.window_id)
+            schedule.forget(2)
+        else:
+            schedule.forget(3)
+            schedule.withhold(3, choice.window_id)
+    assert (len(schedule), schedule.is_empty, schedule.choose(now)) == (0, True, None)
+    schedule.add(3, 5, events=1, events_bytes=10, deflated_bytes=10, finals=0, oldest_at=now, likeness=PAGES[0])
+    assert schedule.choose(now) is None
+    later = schedule.choose(now + LINGER)
+    assert later is not None
+    assert later.window_id == 5
