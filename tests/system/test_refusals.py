@@ -35,7 +35,7 @@ async def test_dead_letters_beside_a_running_relay(site: Site) -> None:
     await site.sandbox.fault()
     assert await site.dead_letters("resend", "1") == (0, "1 dead letters, 1 events to be sent again\n")
     code, text = await site.dead_letters("resend", "1", "999")
-    assert (code, text) == (1, "0 of 2 moved: the others are no dead letters, or no longer\n")
+    assert (code, text) == (1, "0 of 2 moved: the others are no dead letters, no longer, or damaged\n")
     assert (await site.dead_letters("resend", "--all"))[0] == 0
     await assert_accounted(site)
 
