@@ -18,7 +18,7 @@ import msgspec
 import structlog
 import trio
 
-from relay.config_data_api import DataApi
+from relay.config import DataApi
 from relay.http.message import Response, error_response
 from relay.protocol.fingerprint import fingerprint
 

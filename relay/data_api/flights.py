@@ -18,7 +18,7 @@ from collections.abc import Callable
 import structlog
 import trio
 
-from relay.config_data_api import DataApi
+from relay.config import DataApi
 from relay.data_api.asking import Ask
 from relay.data_api.flight import Busy, Flight, Head
 from relay.data_api.store import AnswerStore

@@ -22,7 +22,7 @@ from typing import Final
 import msgspec
 import trio
 
-from relay.config_data_api import DataApi as Settings
+from relay.config import DataApi as Settings
 from relay.data_api.asking import VIA, Ask, make_ask
 from relay.data_api.credentials import Credentials, ReadFile
 from relay.data_api.flight import Busy, Flight, Head

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from relay.config_data_api import DataApi
+from relay.config import DataApi
 from relay.protocol.rate import Rate
 
 

@@ -11,7 +11,7 @@ import trio
 
 from relay.app import data_upstream
 from relay.config import Config, Listen
-from relay.config_data_api import DataApi as Settings
+from relay.config import DataApi as Settings
 from relay.data_api.proxy import DataApi
 from relay.http.client import HttpClient
 from relay.http.router import Router

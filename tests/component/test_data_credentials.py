@@ -12,7 +12,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from relay.config_data_api import DataApi
+from relay.config import DataApi
 from relay.data_api.credentials import REREAD_SECONDS, Credentials, is_token
 from tests.component.data_proxy import ISSUE, ISSUES, answer, get, patch, proxying
 

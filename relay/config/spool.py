@@ -1,14 +1,15 @@
-"""The options of the disk: the section `spool` of `config.py`, which is where everybody takes it from."""
+"""The section of the disk."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
+from relay.config.section import Section
 
-class Spool(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class Spool(Section, frozen=True):
     """The disk."""
 
     directory: Annotated[

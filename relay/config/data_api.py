@@ -1,14 +1,15 @@
-"""The options of the data API's proxy, a section of `relay.config`."""
+"""The section of the data API's proxy."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
+from relay.config.section import Section
 
-class DataApi(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class DataApi(Section, frozen=True):
     """Lucent's data API through the relay."""
 
     token: Annotated[
