@@ -41,6 +41,9 @@ CONDITIONS = frozenset({b"if-none-match", b"if-modified-since"})
 UNSHARED = frozenset({b"range", b"if-range", b"if-match", b"if-unmodified-since"})
 """Fields that make a request a case of its own: it passes by the cache."""
 
+_CREDENTIAL = b"authorization"
+"""A cache for one token alone has no need of it to tell answers apart, and shall not hold it."""
+
 _KEPT_ON_304 = frozenset({b"content-length", b"content-type", b"content-encoding", b"content-range"})
 """Fields of a kept answer that a 304 does not change."""
 
@@ -92,7 +95,7 @@ class Kept(msgspec.Struct, frozen=True):
     body: bytes
     """Whole."""
     selected_by: Fields
-    """The request's fields that `vary` names; absent ones have an empty value."""
+    """The request's fields that `vary` names; absent ones have an empty value. Never a credential in the clear."""
     at: float
     """When its age was taken."""
     initial_age: float
@@ -152,7 +155,7 @@ def keep(
     kept = Kept(
         headers=without(headers, _OF_ONE_ANSWER),
         body=body,
-        selected_by=tuple((name, find_field(request, name) or b"") for name in varies_by),
+        selected_by=tuple((name, find_field(request, name) or b"") for name in varies_by if name != _CREDENTIAL),
         at=now,
         initial_age=(parse_seconds(find_field(headers, b"age")) or 0) + now - sent_at,
         lifetime=lifetime,

@@ -108,8 +108,8 @@ async def test_without_its_token_the_relay_says_so() -> None:
 
     with capture_logs():
         async with proxying(lambda _: answer(), read_file=read, token_file=FILE, client_tokens=(GIVEN,)) as it:
-            status, _, body = await it.ask(get(by=GIVEN))
-            assert status == 503
+            status, headers, body = await it.ask(get(by=GIVEN))
+            assert (status, headers[b"retry-after"]) == (503, b"5")
             assert orjson.loads(body) == {"error": "The relay has no token for the data API at present"}
             assert (await it.ask(get(by="luc_api_a")))[0] == 200
             assert len(it.asked) == 1
@@ -117,12 +117,13 @@ async def test_without_its_token_the_relay_says_so() -> None:
 
 async def test_tokens_are_in_no_figure_and_no_key() -> None:
     """Statistics name a token by its fingerprint once upstream has taken it; nothing held has it in the clear."""
-    refusal = answer(b"", status="401 Unauthorized")
-    async with proxying(lambda request: refusal if b"invented" in request else answer(), **HOLDING) as it:
+    refusal, reply = answer(b"", status="401 Unauthorized"), answer(b"{}", "Vary: Authorization, Accept")
+    async with proxying(lambda request: refusal if b"invented" in request else reply, **HOLDING) as it:
+        await it.ask(patch(by=GIVEN))
         await it.ask(get(by="luc_api_secret"))
         for number in range(50):
             await it.ask(get(by=f"luc_api_invented{number}"))
-        await it.ask(patch(by=GIVEN))
+        assert it.data_api.statistics().cache_targets == 1
         shown = str(it.data_api.statistics())
         partitions = list(it.data_api._tokens._tokens)
         held = str((partitions, it.data_api._store._variants, it.data_api._credentials._client_tokens))

@@ -195,6 +195,13 @@ def test_what_was_true_of_a_moment_is_not_kept() -> None:
     assert kept.headers == fields("x-a: 1")
 
 
+def test_no_credential_is_kept() -> None:
+    """An answer that varies with Authorization is kept without it; its token's answers are apart from others anyway."""
+    kept = kept_of("vary: Authorization, Accept", request=fields("authorization: Bearer secret", "accept: a"))
+    assert kept is not None
+    assert kept.selected_by == ((b"accept", b"a"),)
+
+
 def test_vary_tells_answers_apart() -> None:
     """An answer is for requests whose named fields are the same, absent ones included (RFC 9111, 4.1)."""
     asked = fields("accept-encoding: gzip", "x-a: 1")
