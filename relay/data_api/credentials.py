@@ -19,7 +19,6 @@ import structlog
 import trio
 
 from relay.config import DataApi
-from relay.http.message import Response, error_response
 from relay.protocol.fingerprint import fingerprint
 
 log = structlog.get_logger()
@@ -71,8 +70,8 @@ class Credentials:
         self.own_partition = b""
         """Of the relay's token, once it was used."""
 
-    async def identify(self, authorization: bytes) -> Caller | Response:
-        """Return who asks; a Response where they cannot be served.
+    async def identify(self, authorization: bytes) -> Caller | None:
+        """Return who asks; None where they are to be served with the relay's token, and it has none at present.
 
         Args:
             authorization: The request's header, empty without one.
@@ -84,7 +83,7 @@ class Credentials:
         if own:
             await self._reread()
             if not self._token:
-                return error_response(503, "The relay has no token for the data API at present")
+                return None
             authorization = b"Bearer " + self._token
             self.own_partition = self._hash(authorization)
         if not authorization:

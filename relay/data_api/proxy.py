@@ -44,6 +44,7 @@ RETRY_AFTER_SECONDS: Final = 5
 STALE_STATUSES: Final = frozenset({429, 500, 502, 503, 504})
 """Answers in place of which a stale one may be served: upstream cannot say at present (RFC 5861, 4)."""
 
+_RETRY_AFTER: Final = (b"retry-after", b"%d" % RETRY_AFTER_SECONDS)
 _TARGET = re.compile(r"[!-~]+")
 _BODY_FIELDS = frozenset({b"content-length", b"content-type", b"content-encoding"})
 
@@ -158,8 +159,8 @@ class DataApi:
         if route == "issue" and not is_one_segment(request.path.rpartition("/")[2]):
             return error_response(404, "Not found")
         caller = await self._credentials.identify(request.header(b"authorization"))
-        if isinstance(caller, Response):
-            return caller
+        if caller is None:
+            return error_response(503, "The relay has no token for the data API at present", headers=(_RETRY_AFTER,))
         token = self._tokens.find(caller.partition, caller.name) if caller.partition else None
         ask = make_ask(request, caller, token, self._settings.forwarded)
         if _TARGET.fullmatch(ask.target) is None:
@@ -277,7 +278,7 @@ class DataApi:
         if plan.ask.method == "PATCH" and not isinstance(error, Busy | ConnectFailed):
             message += "; the change may have been made, and can be sent again"
         failure = cache_status(fwd=plan.why, detail=type(error).__name__.lower())
-        await self._say(writer, status, message, ((b"retry-after", b"%d" % RETRY_AFTER_SECONDS), failure))
+        await self._say(writer, status, message, (_RETRY_AFTER, failure))
 
     async def _say(self, writer: Writer, status: int, message: str, headers: HeaderList = ()) -> None:
         await self._say_response(writer, error_response(status, message, headers=headers))
