@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from itertools import count
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import trio
 
 from tests.system.daemon import Site
 from tests.system.laws import assert_accounted
-from tests.system.traffic import make_batch, make_events
+from tests.system.traffic import make_batch
 
 pytestmark = pytest.mark.slow
 
@@ -34,19 +33,6 @@ OUTCOMES = {"error_rate": 0.1, "error_status": [500, 503, 429], "drop_before_rat
 """What an upstream in trouble does to three batches of ten; an answer lost after storing is what makes duplicates."""
 
 
-async def play_until(site: Site, name: str, is_over: trio.Event) -> None:
-    """Be a client of one session: batch after batch in two windows, and a final once it is over."""
-    chance = random.Random(name)
-    async with site.sdk() as sdk:
-        for sequence in count():
-            is_final = is_over.is_set()
-            size = chance.choice((80, 80, 400, 2_000))
-            events = make_events(f"{name}/{sequence}", chance.choice((1, 5, 40, 300)), size)
-            await sdk.post(make_batch(name, sequence, events, window=f"w{sequence % 2}", is_final=is_final))
-            if is_final:
-                return
-
-
 async def kill_under_load(site: Site, rounds: int, **outcomes: Any) -> None:
     """Kill the relay so many times among clients that send, every third time while it starts, too."""
     chance = random.Random(8)
@@ -56,7 +42,8 @@ async def kill_under_load(site: Site, rounds: int, **outcomes: Any) -> None:
     is_over = trio.Event()
     async with trio.open_nursery() as clients:
         for number in range(CLIENTS):
-            clients.start_soon(play_until, site, f"s{number}", is_over)
+            name = f"s{number}"
+            clients.start_soon(site.play_session, name, random.Random(name), is_over)
         for number in range(rounds):
             await site.sent.more(chance.randint(1, 60))
             site.relay.kill()

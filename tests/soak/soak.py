@@ -26,7 +26,7 @@ from tests.soak import weather
 from tests.soak.weather import Strike
 from tests.system.daemon import Site
 from tests.system.laws import assert_content, assert_unspoiled
-from tests.system.traffic import Sent, make_batch, make_events
+from tests.system.traffic import Sent, make_batch
 from tests.system.wire import Lost, ask
 
 ROUND_SECONDS = 60.0
@@ -181,7 +181,7 @@ class Soak:
                 for client in range(CLIENTS):
                     name = f"r{number}c{client}"
                     chance = random.Random(self._chance.random())
-                    clients.start_soon(self._play_session, name, chance, is_over)
+                    clients.start_soon(site.play_session, name, chance, is_over, PAUSE_SECONDS)
                 clients.start_soon(self._play_watched, f"r{number}p", is_over)
                 with trio.move_on_after(seconds):
                     while True:
@@ -210,19 +210,6 @@ class Soak:
             self.found.struck.append(Struck(strike.__name__, since, self._now()))
 
     # -- clients
-
-    async def _play_session(self, name: str, chance: random.Random, is_over: trio.Event) -> None:
-        """Be an SDK: batch after batch in two windows, each until it is taken, and a final once it is over."""
-        async with self._site.sdk() as sdk:
-            for sequence in count():
-                is_final = is_over.is_set()
-                size = chance.choice((80, 80, 400, 2_000))
-                events = make_events(f"{name}/{sequence}", chance.choice((1, 5, 40, 300)), size)
-                await sdk.post(make_batch(name, sequence, events, window=f"w{sequence % 2}", is_final=is_final))
-                if is_final:
-                    return
-                with trio.move_on_after(chance.uniform(0, PAUSE_SECONDS)):
-                    await is_over.wait()
 
     async def _play_watched(self, name: str, is_over: trio.Event) -> None:
         """Be an SDK whose patience is measured: every answer's time, from the first attempt on."""

@@ -19,13 +19,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import Any, TypeAlias, TypeVar
 from urllib.parse import quote, urlsplit
 
 import trio
 
-from tests.system.traffic import Batch, Sdk, Sent
+from tests.system.traffic import Batch, Sdk, Sent, make_batch, make_events
 from tests.system.wire import Answer, Connection, Lost, ask, connect
 
 COMMAND = Path(sys.executable).with_name("lucent-relay")
@@ -323,6 +325,26 @@ class Site:
     def sdk(self) -> Sdk:
         """Return a client of whichever relay runs."""
         return Sdk(lambda: self.relay.url, self.sent)
+
+    async def play_session(self, name: str, chance: Random, is_over: trio.Event, pause_seconds: float = 0) -> None:
+        """Be a client of one session: batch after batch in two windows, and a final once it is over.
+
+        Args:
+            name: Of the session.
+            chance: Of its batches' sizes and pauses.
+            is_over: Ends it.
+            pause_seconds: Between two batches at the most.
+        """
+        async with self.sdk() as sdk:
+            for sequence in count():
+                is_final = is_over.is_set()
+                size = chance.choice((80, 80, 400, 2_000))
+                events = make_events(f"{name}/{sequence}", chance.choice((1, 5, 40, 300)), size)
+                await sdk.post(make_batch(name, sequence, events, window=f"w{sequence % 2}", is_final=is_final))
+                if is_final:
+                    return
+                with trio.move_on_after(chance.uniform(0, pause_seconds)):
+                    await is_over.wait()
 
     async def post(self, *batches: Batch) -> None:
         """Send batches as one client each, at the same time, until all are taken."""
