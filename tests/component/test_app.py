@@ -220,6 +220,26 @@ async def test_a_stalled_data_api_is_nothing_to_ingest(tmp_path: Path) -> None:
         nursery.cancel_scope.cancel()
 
 
+async def test_an_ingest_in_trouble_is_nothing_to_the_data_api(tmp_path: Path) -> None:
+    """While batches are refused for the disk's sake, and none of those taken can be delivered, reads are answered."""
+    bearer = ((b"authorization", b"Bearer luc_api_x"),)
+    data_api = Sandbox(SandboxSettings(), now=trio.current_time, random=random.Random(1))
+    async with trio.open_nursery() as nursery:
+        data_url = await nursery.start(serve_sandbox, data_api, "127.0.0.1:0")
+        async with running(tmp_path, faults={"latency_seconds": 60}, data_url=data_url, deadline_seconds=0.5) as it:
+            for number in range(10):
+                assert await it.post(make_body(f"s{number}")) == 200
+            await it.wait_status(lambda status: status["forward"]["in_flight"])
+            it.relay._spool._capacity.failure = "the disk refused a write: full"
+            assert await it.post(make_body("late")) == 503
+            for limit in range(1, 21):
+                assert (await _ask(it.url, "GET", f"/api/v1/issues?limit={limit}", bearer)).status == 200
+            status = await it.status()
+            assert_accounted(status["account"], accepted=10, delivered=0)
+            assert status["forward"]["in_flight"] > 0
+        nursery.cancel_scope.cancel()
+
+
 async def test_data_api_is_reached(tmp_path: Path) -> None:
     """The relay listener serves the data API, and says so in `/status`; where nobody is, it is 502."""
     async with running(tmp_path, data_url="http://127.0.0.1:9") as it:

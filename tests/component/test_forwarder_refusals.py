@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from relay.http.client import Reply
@@ -191,14 +192,18 @@ async def test_dead_letters_are_sent_again(tmp_path: Path, autojump_clock: MockC
 
 
 async def test_dead_letters_are_bounded(tmp_path: Path, autojump_clock: MockClock) -> None:
-    """Beyond their bound the oldest dead letters are dropped, and counted as shed."""
+    """Beyond their bound the oldest dead letters are dropped, counted as shed with the reason, and logged."""
     async with forwarding(tmp_path, judging(), dead_letter_max_bytes=10_000) as it:
-        for number in range(60):
-            await it.accept(f"s{number}", events=events_of(str(number), 1, bad=(0,)), flush="final")
-        await it.drained()
+        with capture_logs() as lines:
+            for number in range(60):
+                await it.accept(f"s{number}", events=events_of(str(number), 1, bad=(0,)), flush="final")
+            await it.drained()
         account = await it.spool.account()
         assert_accounted(account, accepted=60, delivered=0)
         assert account.shed > 30
+        assert account.shed_by_reason == {"dead_letters": account.shed, "sessions": 0}
+        dropped = [line for line in lines if line["event"].startswith("dead letters dropped")]
+        assert sum(line["events"] for line in dropped) == account.shed
         assert 8_000 < account.dead_letter_bytes <= 10_000
         assert (await it.spool.purge_dead_letters(None)).letters == account.dead_letters
         assert_accounted(await it.spool.account(), dead_letters=0, purged=60 - account.shed)
