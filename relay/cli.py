@@ -112,7 +112,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     release.add_argument("key", help="the key's fingerprint, as log and status show it")
     add_source_arguments(release)
-    sandbox = declare("sandbox", "Run a stand-in for Lucent's ingest API.", run_sandbox)
+    sandbox = declare("sandbox", "Run a stand-in for Lucent's APIs.", run_sandbox)
     if chosen == "sandbox":
         from relay.sandbox.server import add_arguments as add_sandbox_arguments
 
