@@ -179,7 +179,7 @@ class DataApi:
             self._cache_by_outcome["hit"] += 1
             await self._serve_kept(ask, writer, kept, cache_status(fresh_seconds=kept.fresh_seconds(now)))
         elif ask.wish.is_only_if_kept:
-            await self._say(writer, 504, "Nothing is kept that answers this", (cache_status(fwd="request"),))
+            await self._say(writer, 504, "Nothing is kept that answers this", (cache_status(detail="only-if-cached"),))
         else:
             await self._go(ask, kept, writer)
 
@@ -277,7 +277,8 @@ class DataApi:
             status, message = 502, "Lucent cannot be reached"
         if plan.ask.method == "PATCH" and not isinstance(error, Busy | ConnectFailed):
             message += "; the change may have been made, and can be sent again"
-        failure = cache_status(fwd=plan.why, detail=type(error).__name__.lower())
+        why = "" if isinstance(error, Busy) else plan.why
+        failure = cache_status(fwd=why, detail=type(error).__name__.lower())
         await self._say(writer, status, message, (_RETRY_AFTER, failure))
 
     async def _say(self, writer: Writer, status: int, message: str, headers: HeaderList = ()) -> None:

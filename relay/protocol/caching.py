@@ -229,15 +229,15 @@ def cache_status(
     """Return the `Cache-Status` field of an answer (RFC 9211).
 
     Args:
-        fwd: Why upstream was asked; empty where it was not, and the cache answered.
+        fwd: Why upstream was asked; empty where it was not.
         fwd_status: What it answered; 0 where it did not.
-        fresh_seconds: Of a kept answer.
+        fresh_seconds: Of a kept answer; None where none is served.
         is_stored: The answer is kept, or will be once it is whole.
         is_collapsed: It is another request's answer, too.
         detail: A token that says more.
     """
     members = [
-        "hit" if not fwd else f"fwd={fwd}",
+        f"fwd={fwd}" if fwd else "hit" if fresh_seconds is not None else "",
         f"fwd-status={fwd_status}" if fwd_status else "",
         f"ttl={int(fresh_seconds // 1)}" if fresh_seconds is not None else "",
         "stored" if is_stored else "",

@@ -217,6 +217,7 @@ def test_vary_tells_answers_apart() -> None:
 
 def test_cache_status_says_it_as_rfc_9211_does() -> None:
     """Members come in one order, numbers are integers, and what is not the case is left out."""
+    assert cache_status(detail="busy") == (b"cache-status", b"lucent-relay; detail=busy")
     assert cache_status(fresh_seconds=3.9) == (b"cache-status", b"lucent-relay; hit; ttl=3")
     assert (
         cache_status(fresh_seconds=-0.1, detail="budget-spent")[1] == b"lucent-relay; hit; ttl=-1; detail=budget-spent"
