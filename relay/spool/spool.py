@@ -123,6 +123,8 @@ class Spool:
         self._damage = ""
         self._segments_quarantined = 0
         self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
+        self._not_to_be_shed: set[int] = set()
+        """Sessions that lie on damaged pages, so that they cannot be dropped either."""
         self.append_damage = ""
         """What kept the last batch from being stored where that was damage; no reason to refuse others."""
         self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
@@ -404,17 +406,26 @@ class Spool:
     async def _shed_sessions(self) -> None:
         """Drop the oldest sessions, one after the other, until there is room."""
         sessions = events = 0
-        oldest: Sequence[int] = ()
-        while self._capacity.is_tight:
-            oldest = oldest or await self._read(lambda: oldest_sessions(self._reader, _OLDEST_SESSIONS))
-            if not oldest:
-                break
-            shed = await self._step(partial(self._store.overflow.shed, oldest[0]), self._announce_shed)
-            oldest = oldest[1:]
-            if shed is not None:
-                sessions, events = sessions + 1, events + shed.events
-        if sessions:
-            log.error("sessions shed, there is no room for them", sessions=sessions, events=events)
+        oldest: list[int] = []
+        try:
+            while self._capacity.is_tight:
+                if not oldest:
+                    count = _OLDEST_SESSIONS + len(self._not_to_be_shed)
+                    found = await self._read(partial(oldest_sessions, self._reader, count))
+                    oldest = [session_id for session_id in found if session_id not in self._not_to_be_shed]
+                if not oldest:
+                    break
+                session_id = oldest.pop(0)
+                try:
+                    shed = await self._step(partial(self._store.overflow.shed, session_id), self._announce_shed)
+                except SpoolDamaged:
+                    self._not_to_be_shed.add(session_id)
+                    continue
+                if shed is not None:
+                    sessions, events = sessions + 1, events + shed.events
+        finally:
+            if sessions:
+                log.error("sessions shed, there is no room for them", sessions=sessions, events=events)
 
     def _announce_shed(self, shed: Shed | None) -> None:
         if shed is not None:

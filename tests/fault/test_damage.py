@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import apsw
@@ -54,6 +55,11 @@ def batch_of(session: str, at: float | None = None) -> NewBatch:
 def events_of(name: str, count: int = 3) -> list[bytes]:
     """Return events that no other call returns."""
     return [make_event(f"{name}-{number}", 80) for number in range(count)]
+
+
+def noise(seed: int) -> bytes:
+    """Return an event of 4 KB that hardly compresses."""
+    return make_event(Random(seed).randbytes(2_000).hex())
 
 
 @asynccontextmanager
@@ -251,6 +257,29 @@ async def test_page_of_segments_sets_its_sessions_aside(
             raise Unaccountable
     except* Unaccountable:
         assert errors("spool is damaged: run lucent-relay spool verify")
+
+
+async def test_sessions_on_a_damaged_page_keep_no_other_from_being_shed(
+    tmp_path: Path, autojump_clock: MockClock, errors: Callable[[str], bool]
+) -> None:
+    """Where the oldest sessions cannot be dropped, those behind them are, counted and logged; there is room again."""
+    database = tmp_path / schema.DATABASE_NAME
+    config = make_config(linger_seconds=100_000)
+    async with forwarding(tmp_path, FakeUpstream(), config) as it:
+        for number in range(1_500):
+            await it.accept(f"s{number}", events=[noise(number)])
+    ruin(database, page_of(database, "body", 0))
+    shedding: dict[str, Any] = {"overflow": "shed-sessions", "max_bytes": 2_097_152, "min_free_bytes": 0}
+    async with forwarding(tmp_path, FakeUpstream(), config, **shedding) as later:
+        assert "spool.max_bytes" in later.spool.refusal
+        await trio.sleep(5)
+        assert later.spool.refusal == ""
+        account = await later.spool.account()
+        assert_accounted(account, accepted=1_500, delivered=0)
+        assert account.shed_by_reason == {"dead_letters": 0, "sessions": account.shed}
+        assert 100 < account.shed < 1_400
+        assert errors("sessions shed, there is no room for them")
+        assert later.spool.statistics().damage
 
 
 async def test_page_that_appends_need_refuses_those_and_says_so(tmp_path: Path, autojump_clock: MockClock) -> None:
