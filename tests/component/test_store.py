@@ -13,18 +13,21 @@ import pytest
 from relay.errors import SpoolLocked, SpoolSchemaMismatch, SpoolUnavailable
 from relay.protocol.cut import Limits
 from relay.spool import schema
+from relay.spool.account import read_account
 from relay.spool.store import Store
 from relay.spool.values import Appended
+from tests.accounting import assert_accounted
 from tests.component.batches import KEY, LIMITS, make_batch, make_body, make_event, read_upstream
 
 
 @contextmanager
 def opened(directory: Path, *, limits: Limits = LIMITS, max_keys: int = 10) -> Iterator[Store]:
-    """Open a store, and close it."""
+    """Open a store; on exit check its account, and close it."""
     directory.mkdir(exist_ok=True)
     store = Store(schema.open_database(directory / schema.DATABASE_NAME, "os"), limits, max_keys)
     try:
         yield store
+        assert_accounted(read_account(store._db, 0.0))
     finally:
         store.close()
 
