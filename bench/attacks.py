@@ -25,6 +25,7 @@ import msgspec
 from bench import servers
 from bench.attackers import ATTACKS
 from bench.bodies import SIZES, Sessions, cut_slices
+from bench.report import show
 from bench.steady import Seen, SteadyClient
 
 _INTERVAL_SECONDS = 0.05
@@ -146,10 +147,7 @@ def main() -> None:
     servers.pin(cores.load)
     names = list(ATTACKS) if arguments.attack == "all" else [arguments.attack]
     report = {name: measure(name, arguments.seconds, cores.server, arguments.directory) for name in names}
-    if arguments.json:
-        print(msgspec.json.encode(report).decode())
-    else:
-        print("\n".join(lines_of(report)))
+    show(report, lines_of, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import msgspec
 
 from bench import servers
 from bench.bodies import LIVE_SESSIONS, SESSION_BATCHES, SIZES, Sessions, cut_slices
+from bench.report import show
 from bench.steady import Seen, SteadyClient
 from relay.config import Config
 from relay.protocol.cut import Limits
@@ -312,10 +313,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     report = measure(arguments)
-    if arguments.json:
-        print(msgspec.json.encode(report).decode())
-    else:
-        print("\n".join(lines_of(report)))
+    show(report, lines_of, as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import msgspec
 from bench import servers
 from bench.data_origin import LARGE_BYTES
 from bench.load import Load, Recurring, Request
+from bench.report import show
 
 CONNECTIONS = 16
 """Readers at a time, for the rate."""
@@ -210,10 +211,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     report = measure(arguments)
-    if arguments.json:
-        print(msgspec.json.encode(report).decode())
-    else:
-        print("\n".join(lines_of(report)))
+    show(report, lines_of, as_json=arguments.json)
 
 
 if __name__ == "__main__":

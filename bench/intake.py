@@ -26,6 +26,7 @@ import msgspec
 from bench import servers
 from bench.bodies import SIZES, Sessions, cut_slices
 from bench.load import Fresh, Load, Measured, Recurring, Request
+from bench.report import show
 
 CONNECTIONS = 64
 """Clients at a time: some hundred browsers behind their keep-alive, or a load balancer's pool."""
@@ -272,10 +273,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     report = measure(arguments)
-    if arguments.json:
-        print(msgspec.json.encode(report).decode())
-    else:
-        print("\n".join(lines_of(report)))
+    show(report, lines_of, as_json=arguments.json)
 
 
 if __name__ == "__main__":
