@@ -7,8 +7,9 @@ from typing import Any
 
 import trio
 
-from tests.system.daemon import Sandbox, Site
+from tests.system.daemon import Relay, Sandbox, Site
 from tests.system.traffic import Sent
+from tests.system.wire import ask
 
 CONCURRENT_QUESTIONS = 8
 """Sessions asked of the sandbox at a time."""
@@ -32,6 +33,7 @@ async def assert_accounted(
     assert account["accepted"] == gone + account["spooled"], account
     assert account["is_balanced"], account
     assert account["accepted"] == site.sent.events, account
+    await assert_metrics(site.relay)
     assert (account["dead_lettered"], account["purged"], account["shed"]) == (0, 0, 0), account
     report = await site.sandbox.report()
     assert_unspoiled(report if is_ordered else {**report, "after_final_batches": 0})
@@ -39,6 +41,19 @@ async def assert_accounted(
         assert (account["delivered"], report["events"]) == (site.sent.events, site.sent.events)
     assert account["delivered"] <= report["events"] <= account["delivered"] + account["sealed"]
     await assert_content(site.sandbox, site.sent, is_complete=is_drained, is_ordered=is_ordered)
+
+
+async def assert_metrics(relay: Relay) -> None:
+    """Assert that one scrape has the account in it, adding up, and that no figure is below zero."""
+    totals: dict[str, float] = defaultdict(float)
+    for line in (await ask(f"{relay.admin}/metrics")).body.decode().splitlines():
+        if not line.startswith("#"):
+            sample, value = line.rsplit(maxsplit=1)
+            assert float(value) >= 0, line
+            totals[sample.partition("{")[0].removeprefix("lucent_relay_")] += float(value)
+    gone = [f"events_{term}_total" for term in ("delivered", "purged", "shed")]
+    there = ["spool_pending_events", "spool_sealed_events", "dead_letter_events"]
+    assert totals["events_accepted_total"] == sum(totals[name] for name in gone + there), totals
 
 
 def assert_unspoiled(report: dict[str, Any]) -> None:
