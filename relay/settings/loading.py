@@ -30,7 +30,11 @@ PREFIX = "LUCENT_RELAY_"
 """Begins the name of every environment variable that is an option."""
 
 SEPARATOR = "__"
-"""Between section and option in a variable's name. Variables without it are not ours to judge."""
+"""Between section and option in a variable's name.
+
+Variables without it are not ours to judge, as container platforms make some of a service's name (`LUCENT_RELAY_PORT`),
+unless they are an option's but for one underscore.
+"""
 
 POSITION = re.compile(r" \(at (?:line (\d+), column (\d+)|end of document)\)$")
 """Where tomllib found a mistake, as it ends its message."""
@@ -108,12 +112,11 @@ class _Collector:
     def read_environment(self, environ: Mapping[str, str]) -> None:
         """Take the values of the variables that begin with our prefix."""
         variables = {variable_name(option): name for name, option in self._options.items()}
+        misspelt = {variable.replace(SEPARATOR, "_") for variable in variables}
         for variable, text in sorted(environ.items()):
-            if not variable.startswith(PREFIX) or SEPARATOR not in variable.removeprefix(PREFIX):
-                continue
             if variable in variables:
                 self._take_text(variables[variable], text, f"environment {variable}")
-            else:
+            elif variable.startswith(PREFIX) and (SEPARATOR in variable.removeprefix(PREFIX) or variable in misspelt):
                 hint = _did_you_mean(variable, variables, "{}")
                 self._problems.append(f"{variable} (environment): unknown option{hint}")
 

@@ -118,6 +118,8 @@ directory = ""
         sets=["listen.relay", "batch.max_event=4", "spool.directory='x", "batch.linger_seconds=3_601"],
         LUCENT_RELAY_BATCH__MAX_EVENTS="many",
         LUCENT_RELAY_BATCH__MAX_EVENT="4",
+        LUCENT_RELAY_BATCH_LINGER_SECONDS="4",
+        LUCENT_RELAY_PORT="tcp://10.0.0.1:8787",
     ) == [
         "linger_seconds (file relay.toml): must stand in a section; did you mean batch.linger_seconds?",
         "[budgets] (file relay.toml): unknown section; did you mean [budget]?",
@@ -128,6 +130,8 @@ directory = ""
         "forward.max_bytes (file relay.toml): unknown option; did you mean batch.max_bytes?",
         'log.level = "loud" (file relay.toml): must be "debug" or "error" or "info" or "warning"',
         'spool.directory = "" (file relay.toml): must not be empty',
+        "LUCENT_RELAY_BATCH_LINGER_SECONDS (environment): unknown option; did you mean "
+        "LUCENT_RELAY_BATCH__LINGER_SECONDS?",
         "LUCENT_RELAY_BATCH__MAX_EVENT (environment): unknown option; did you mean LUCENT_RELAY_BATCH__MAX_EVENTS?",
         'batch.max_events = "many" (environment LUCENT_RELAY_BATCH__MAX_EVENTS): must be an integer',
         "--set listen.relay: must be section.option=value",
