@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import apsw
 import msgspec
@@ -66,8 +66,8 @@ class Capacity:
         self._commits = 0
         self.failure = ""
         """Why the last commit failed, if it did."""
-        self._is_in_trouble = False
-        """Whether the log says so."""
+        self._told: Literal["", "full", "trouble"] = ""
+        """What keeps batches out, as the log has it."""
         self.disk = Disk(0, 0, has_reserve=True, is_gone=False)
         self.disk = self._look()
 
@@ -91,8 +91,10 @@ class Capacity:
     @property
     def is_tight(self) -> bool:
         """Whether a cap is so near that sessions have to go, where the operator wants that."""
-        if self._settings.overflow == "reject" or self._trouble:
-            return False
+        return self._settings.overflow == "shed-sessions" and not self._trouble and self._is_near_cap
+
+    @property
+    def _is_near_cap(self) -> bool:
         max_bytes, floor = self._settings.max_bytes, self._settings.min_free_bytes
         return (
             self.disk.used_bytes >= max_bytes - max_bytes // _TIGHT_SHARE
@@ -155,13 +157,14 @@ class Capacity:
         self._tell()
 
     def _tell(self) -> None:
-        """Say in the log when trouble begins, and when it is over."""
-        trouble = self._trouble
-        if bool(trouble) == self._is_in_trouble:
+        """Say in the log when batches are refused, and when that is over: of a full spool, once it has some room."""
+        refusal = self.refusal
+        now: Literal["", "full", "trouble"] = "trouble" if self._trouble else "full" if refusal else ""
+        if now == self._told or (self._told == "full" and not refusal and self._is_near_cap):
             return
-        self._is_in_trouble = bool(trouble)
-        if trouble:
-            log.error("spool refuses batches", reason=trouble)
+        self._told = now
+        if refusal:
+            log.error("spool refuses batches", reason=refusal)
         else:
             log.warning("spool accepts batches again")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -91,10 +92,25 @@ async def test_retry_of_what_was_shed_stores_nothing(tmp_path: Path, autojump_cl
 
 
 async def test_rejecting_loses_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
-    """By default it is the new that has to wait: at the cap batches are refused, and nothing is shed."""
+    """By default it is the new that has to wait: at the cap batches are refused, and nothing is shed.
+
+    The log says so once, however often a batch that leaves makes room for one that comes, and once that it is over.
+    """
     options = {**SHEDDING, "overflow": "reject"}
-    config = make_config(linger_seconds=100_000)
-    async with forwarding(tmp_path, FakeUpstream(), config, **options) as it:
-        await fill(it, 40)
-        assert "spool.max_bytes" in it.spool.refusal
-        assert_accounted(await it.spool.account(), shed=0)
+    config = make_config(linger_seconds=600, requests_per_minute=20)
+    with structlog.testing.capture_logs() as lines:
+        async with forwarding(tmp_path, FakeUpstream(), config, **options) as it:
+            await fill(it, 40)
+            assert "spool.max_bytes" in it.spool.refusal
+            assert_accounted(await it.spool.account(), shed=0)
+            waits = []
+            for number in range(2_400):
+                waits.append(bool(it.spool.refusal))
+                if not waits[-1]:
+                    await it.accept(f"late{number}", events=[noise(number)])
+                await trio.sleep(1)
+            assert sum(before < now for before, now in itertools.pairwise(waits)) > 10
+            await it.drained(36_000)
+            assert_accounted(await it.spool.account(), shed=0, spooled=0)
+    said = [(line["event"], line["log_level"]) for line in lines if line["event"].startswith("spool")]
+    assert said == [("spool refuses batches", "error"), ("spool accepts batches again", "warning")]
