@@ -492,4 +492,4 @@ async def open_listeners(address: str) -> list[trio.SocketListener]:
     try:
         return await trio.open_tcp_listeners(int(port), host=host)
     except OSError as error:
-        raise OSError(error.errno, f"cannot listen on {address}: {error.strerror or error}") from error
+        raise OSError(f"cannot listen on {address}: {error.strerror or error}") from error

@@ -122,7 +122,7 @@ class Admin:
         except msgspec.DecodeError as error:
             return error_response(400, f'Say {{"key": "key-…"}}: {error}')
         if not self._observed.release_key(order.key):
-            return error_response(404, f"No key {order.key} is held")
+            return error_response(404, f"No key {order.key} is held. Held keys have names like key-1a2b3c4d in /status")
         return json_response(200, {"released": order.key})
 
     async def live(self, _request: Request) -> Response:

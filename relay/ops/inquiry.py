@@ -57,7 +57,7 @@ def ask(address: str) -> Answer | Unreachable:
         ready, _ = _get(connection, "/readyz")
         code, status = _get(connection, "/status")
     except (OSError, http.client.HTTPException) as error:
-        return Unreachable(f"no relay answers at http://{address}: {error}")
+        return _no_answer(address, error)
     finally:
         connection.close()
     if code != http.client.OK or not _is_object(status):
@@ -90,7 +90,7 @@ def order(address: str, path: str, what: dict[str, Any]) -> Outcome | Unreachabl
         response = connection.getresponse()
         body = response.read(MAX_ANSWER_BYTES)
     except (OSError, http.client.HTTPException) as error:
-        return Unreachable(f"no relay answers at http://{address}: {error}")
+        return _no_answer(address, error)
     finally:
         connection.close()
     if not _is_object(body):
@@ -105,6 +105,11 @@ def _connect(address: str, seconds: float = PATIENCE_SECONDS) -> http.client.HTT
             "listen.admin has port 0, so only the relay's log knows it; give it by --set listen.admin=HOST:PORT"
         )
     return http.client.HTTPConnection(WILDCARDS.get(host, host), port, timeout=seconds)
+
+
+def _no_answer(address: str, error: OSError | http.client.HTTPException) -> Unreachable:
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return Unreachable(f"no relay answers at http://{address}: {reason} (name the relay's configuration by --config)")
 
 
 def _get(connection: http.client.HTTPConnection, path: str) -> tuple[int, bytes]:
