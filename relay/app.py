@@ -330,9 +330,10 @@ def _watch_signals(stop: Callable[[], None], deadline_seconds: float) -> None:
     )
     timer.daemon = True
     timer.start()
+    # Before the rest, so that the log has the cause before its effects.
+    _try_to_log(log.info, "signal received", signal=signal.Signals(number).name, deadline_seconds=deadline_seconds)
     with suppress(trio.RunFinishedError):
         stop()
-    _try_to_log(log.info, "signal received", signal=signal.Signals(number).name, deadline_seconds=deadline_seconds)
     signal.sigwait(_SIGNALS)
     _end_at_once("stopped by a second signal; what was accepted is in the spool")
 
