@@ -107,7 +107,7 @@ class Capacity:
         if self.disk.is_gone:
             return (
                 "spool directory was removed or replaced: what this relay still has open is delivered, and is lost "
-                "when it ends; it accepts nothing before it is started again"
+                "when it ends; it accepts nothing before the same directory is back, or it is started again"
             )
         if self.failure:
             return self.failure

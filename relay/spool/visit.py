@@ -17,6 +17,7 @@ from relay.protocol.cut import Limits
 from relay.spool import schema
 from relay.spool.dead_letters import LETTERS_A_STEP
 from relay.spool.store import Store
+from relay.spool.transactions import DAMAGE
 from relay.spool.values import Moved
 
 
@@ -37,7 +38,8 @@ def reading(directory: str) -> Iterator[apsw.Connection]:
         finally:
             connection.close()
     except apsw.Error as error:
-        raise SpoolUnavailable(f"spool database {path} cannot be read: {error}") from error
+        hint = "; `lucent-relay spool salvage` saves what can be" if isinstance(error, DAMAGE) else ""
+        raise SpoolUnavailable(f"spool database {path} cannot be read: {error}{hint}") from error
 
 
 def move_dead_letters(settings: SpoolSettings, action: Literal["resend", "purge"], ids: Sequence[int] | None) -> Moved:

@@ -14,6 +14,7 @@ from trio.testing import MockClock
 
 from relay.cli import main
 from relay.errors import SpoolError
+from relay.exit_codes import ExitCode
 from relay.spool import schema
 from relay.spool.account import read_account
 from relay.spool.salvage import salvage
@@ -164,6 +165,15 @@ def test_damaged_page_is_found(command: Command, directory: Path, table: str) ->
     status, out, _ = command("verify")
     assert status == 1
     assert "SQLite: " in out or "cannot be read" in out
+
+
+def test_what_is_no_database_is_told_what_to_do(command: Command, directory: Path) -> None:
+    """Where not even the first page can be read, `verify` names the command that saves the rest."""
+    ruin(directory / schema.DATABASE_NAME, 1)
+    status, _, problem = command("verify")
+    assert status == ExitCode.SPOOL
+    assert "cannot be read" in problem
+    assert "`lucent-relay spool salvage`" in problem
 
 
 def leaf_of(database: Path, table: str) -> int:
