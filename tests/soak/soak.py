@@ -187,9 +187,13 @@ class Soak:
                     while True:
                         await self._strike(self._strikes())
                         await trio.sleep(self._chance.uniform(0, 2))
-                if not site.relay.is_running:  # the strike that would have started it was cut short
+                if site.relay.is_running:  # and if it is only just starting, it is waited for
+                    await site.relay.started()
+                else:  # the strike that would have started it was cut short
                     await site.start_relay()
                 is_over.set()
+                clients.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+            assert not clients.cancel_scope.cancelled_caught, "the relay does not take what clients keep sending"
             await self._settle()
             watching.cancel_scope.cancel()
 
