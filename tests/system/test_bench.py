@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,19 +19,25 @@ from tests.accounting import assert_accounted
 CHECKOUT = Path(__file__).parents[2]
 
 
+def run_bench(module: str, *words: str, seconds: float) -> dict[str, Any]:
+    """Return the report of a benchmark that ends by 0 within its time, and has nothing to complain of."""
+    ended = subprocess.run(
+        [sys.executable, "-m", module, *words, "--json"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.decode()) == (0, "")
+    report: dict[str, Any] = json.loads(ended.stdout)
+    return report
+
+
 @pytest.mark.slow
 def test_intake_benchmark_reports(tmp_path: Path) -> None:
     """One short round of the intake benchmark gives figures of both servers, and nothing was refused."""
-    words = ["--size", "medium", "--seconds", "1", "--rounds", "1", "--json", "--directory", str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.intake", *words],
-        cwd=CHECKOUT,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    report = json.loads(ended.stdout)
+    words = ["--size", "medium", "--seconds", "1", "--rounds", "1", "--directory", str(tmp_path)]
+    report = run_bench("bench.intake", *words, seconds=120)
     assert list(report["sizes"]) == ["medium"]
     size = report["sizes"]["medium"]
     assert 20_000 < size["json_bytes"] < 35_000
@@ -46,16 +53,8 @@ def test_intake_benchmark_reports(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_crowd_on_one_key(tmp_path: Path) -> None:
     """A hundred recorded sessions on one key: nothing is lost, no 429 is caused, and no request is wasted."""
-    words = ["--sessions", "100", "--seconds", "75", "--json", "--directory", str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.crowd", *words],
-        cwd=CHECKOUT,
-        capture_output=True,
-        timeout=240,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr.decode()) == (0, "")
-    report = json.loads(ended.stdout)
+    words = ["--sessions", "100", "--seconds", "75", "--directory", str(tmp_path)]
+    report = run_bench("bench.crowd", *words, seconds=240)
     assert report["problems"] == []
     result, account = report["result"], report["account"]
     assert result["exactly_once"]
@@ -73,16 +72,8 @@ def test_crowd_on_one_key(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_huge_spool_costs_neither_memory_nor_reading(tmp_path: Path) -> None:
     """A backlog is opened by reading a part of it, held and drained in bounded memory; meanwhile clients are served."""
-    words = ["--segments", "20000", "--session-batches", "5", "--wait", "4", "--json", "--directory", str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.backlog", *words],
-        cwd=CHECKOUT,
-        capture_output=True,
-        timeout=300,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    report = json.loads(ended.stdout)
+    words = ["--segments", "20000", "--session-batches", "5", "--wait", "4", "--directory", str(tmp_path)]
+    report = run_bench("bench.backlog", *words, seconds=300)
     assert (report["segments"], report["windows"]) == (20_000, 4_000)
     for phase in (report["down"], report["up"]):
         assert phase["client_failed"] == 0
@@ -95,16 +86,8 @@ def test_huge_spool_costs_neither_memory_nor_reading(tmp_path: Path) -> None:
 
 def test_data_api_benchmark_reports() -> None:
     """One short round gives figures of every way; a large answer passes in little memory, polls are shared."""
-    words = ["--seconds", "0.5", "--rounds", "1", "--readers-seconds", "3", "--json"]
-    ended = subprocess.run(
-        [sys.executable, "-m", "bench.data_api", *words],
-        cwd=CHECKOUT,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert (ended.returncode, ended.stderr.decode()) == (0, "")
-    report = json.loads(ended.stdout)
+    words = ["--seconds", "0.5", "--rounds", "1", "--readers-seconds", "3"]
+    report = run_bench("bench.data_api", *words, seconds=120)
     assert list(report["rounds"]) == ["direct", "passed on", "kept"]
     for [found] in report["rounds"].values():
         assert found["requests_per_second"] > 0
