@@ -76,6 +76,11 @@ class Running:
                 await trio.sleep(0.01)
 
 
+def make_filler() -> bytes:
+    """Return a batch that fills a spool of 1 MiB for good: its one event does not compress to that."""
+    return make_body("filler", events=[make_event(random.Random(1).randbytes(1_500_000).hex())])
+
+
 async def _ask(
     url: str, method: str, path: str, headers: tuple[tuple[bytes, bytes], ...] = (), body: bytes = b""
 ) -> Reply:
@@ -95,6 +100,7 @@ async def running(
     linger_seconds: float = 0.02,
     deadline_seconds: float = 5.0,
     data_url: str = "",
+    max_bytes: int = 1 << 30,
 ) -> AsyncIterator[Running]:
     """Run sandbox and relay; on exit the relay is stopped, unless the test did."""
     settings = SandboxSettings(requests_per_minute=0, faults=fault_settings(faults or {}))
@@ -106,7 +112,7 @@ async def running(
             upstream=Upstream(ingest_url=ingest_url, data_url=data_url or ingest_url),
             batch=BatchSettings(linger_seconds=linger_seconds),
             budget=Budget(requests_per_minute=0),
-            spool=SpoolSettings(directory=str(directory), durability="os"),
+            spool=SpoolSettings(directory=str(directory), durability="os", max_bytes=max_bytes),
             shutdown=Shutdown(deadline_seconds=deadline_seconds),
         )
         shutdown = trio.Event()
@@ -194,10 +200,12 @@ async def test_secrets_stay_inside(tmp_path: Path) -> None:
 
 async def test_full_spool_is_not_ready(tmp_path: Path) -> None:
     """While the spool refuses, `/readyz` is 503 with the reason, clients get 503, and `/livez` is 200."""
-    async with running(tmp_path) as it:
-        it.relay._spool._capacity.failure = "the disk refused a write: full"
+    async with running(tmp_path, faults={"latency_seconds": 60}, max_bytes=1 << 20, deadline_seconds=0.5) as it:
+        assert await it.post(make_filler()) == 200
         ready = await it.get("/readyz")
-        assert (ready.status, orjson.loads(ready.body)["reasons"]) == (503, ["the disk refused a write: full"])
+        assert ready.status == 503
+        (reason,) = orjson.loads(ready.body)["reasons"]
+        assert reason.startswith("spool is full: ")
         assert await it.post(make_body()) == 503
         assert (await it.get("/livez")).status == 200
 
@@ -227,11 +235,12 @@ async def test_an_ingest_in_trouble_is_nothing_to_the_data_api(tmp_path: Path) -
     data_api = Sandbox(SandboxSettings(), now=trio.current_time, random=random.Random(1))
     async with trio.open_nursery() as nursery:
         data_url = await nursery.start(serve_sandbox, data_api, "127.0.0.1:0")
-        async with running(tmp_path, faults={"latency_seconds": 60}, data_url=data_url, deadline_seconds=0.5) as it:
-            for number in range(10):
+        faults = {"latency_seconds": 60}
+        async with running(tmp_path, faults=faults, data_url=data_url, max_bytes=1 << 20, deadline_seconds=0.5) as it:
+            for number in range(9):
                 assert await it.post(make_body(f"s{number}")) == 200
+            assert await it.post(make_filler()) == 200
             await it.wait_status(lambda status: status["forward"]["in_flight"])
-            it.relay._spool._capacity.failure = "the disk refused a write: full"
             assert await it.post(make_body("late")) == 503
             for limit in range(1, 21):
                 assert (await _ask(it.url, "GET", f"/api/v1/issues?limit={limit}", bearer)).status == 200
