@@ -68,8 +68,11 @@ _MAX_GROUP_BYTES = 8_388_608
 _PRUNE_SECONDS = 1.0
 """Interval of housekeeping; 500 marks a second keep up with what a day's worth of full load leaves."""
 
+_SHED_SECONDS = 1.0
+"""Of a round in which sessions have to go: what it has dropped is a line in the log, and its order is no older."""
+
 _OLDEST_SESSIONS = 100
-"""Looked up at a time where sessions have to go, since that looks at every segment."""
+"""Looked up at a time for that, since it looks at every segment."""
 
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
@@ -123,6 +126,8 @@ class Spool:
         self._damage = ""
         self._segments_quarantined = 0
         self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
+        self._tightened = trio.Event()
+        """Set by commits while sessions have to go."""
         self._not_to_be_shed: set[int] = set()
         """Sessions that lie on damaged pages, so that they cannot be dropped either."""
         self.append_damage = ""
@@ -376,6 +381,8 @@ class Spool:
                 self._commits += 1
                 self._steps += len(group.steps)
                 self._capacity.note_commit(disk)
+                if self._capacity.is_tight:
+                    self._tightened.set()
             self._groups.popleft()
             for result in group.results:
                 if isinstance(result, SpoolDamaged):
@@ -399,21 +406,34 @@ class Spool:
                 if self._capacity.failure:
                     await self._step(self._store.try_disk)
                 self._marks_forgotten += await self._step(partial(self._prune, self._now()))
-                await self._shed_sessions()
             except SpoolUnavailable:
                 continue  # logged where the commit failed
 
-    async def _shed_sessions(self) -> None:
-        """Drop the oldest sessions, one after the other, until there is room."""
+    async def shed_sessions(self) -> None:
+        """Drop the oldest sessions as soon as a cap is near, one after the other, until there is room or cancelled."""
+        while True:
+            await self._tightened.wait()
+            try:
+                await self._shed_until(trio.current_time() + _SHED_SECONDS)
+            except SpoolUnavailable:
+                await trio.sleep(_SHED_SECONDS)  # logged where the commit failed
+
+    async def _shed_until(self, ends_at: float) -> None:
         sessions = events = 0
         oldest: list[int] = []
         try:
-            while self._capacity.is_tight:
+            while trio.current_time() < ends_at:
+                if not self._capacity.is_tight:
+                    self._tightened = trio.Event()
+                    with trio.move_on_at(ends_at):
+                        await self._tightened.wait()
+                    continue
                 if not oldest:
                     count = _OLDEST_SESSIONS + len(self._not_to_be_shed)
                     found = await self._read(partial(oldest_sessions, self._reader, count))
                     oldest = [session_id for session_id in found if session_id not in self._not_to_be_shed]
-                if not oldest:
+                if not oldest:  # whatever there is may be upstream already
+                    await trio.sleep_until(ends_at)
                     break
                 session_id = oldest.pop(0)
                 try:
@@ -487,6 +507,7 @@ async def open_spool(
                     spool = Spool(store, reader, settings, run or run_in_thread, now, reserve)
                     nursery.start_soon(spool.commit_groups)
                     nursery.start_soon(spool.keep_house)
+                    nursery.start_soon(spool.shed_sessions)
                     try:
                         yield spool
                     finally:

@@ -60,6 +60,17 @@ async def test_oldest_sessions_go_whole(tmp_path: Path, autojump_clock: MockCloc
     assert any(line["log_level"] == "error" and line["event"].startswith("sessions shed") for line in lines)
 
 
+async def test_room_is_made_at_once(tmp_path: Path) -> None:
+    """A burst that is worth many times the twentieth which is kept free is taken without a pause."""
+    async with forwarding(tmp_path, FakeUpstream(), make_config(linger_seconds=100_000), **SHEDDING) as it:
+        for session in range(150):
+            await it.accept(f"s{session:03}", events=[noise(session)])
+            assert it.spool.refusal == ""
+        account = await it.spool.account()
+        assert_accounted(account, accepted=150, delivered=0, shed=account.shed)
+        assert 50 < account.shed < 100
+
+
 async def test_sealed_sessions_stay(tmp_path: Path, autojump_clock: MockClock) -> None:
     """A session whose batch may be upstream already is not shed, and arrives once upstream does."""
     upstream = FakeUpstream(unavailable)
