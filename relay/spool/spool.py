@@ -37,6 +37,7 @@ from relay.spool.marks import read_events
 from relay.spool.overflow import oldest_sessions
 from relay.spool.quarantine import Unreadable
 from relay.spool.reserve import Reserve
+from relay.spool.shedding import Shedding
 from relay.spool.store import Store
 from relay.spool.threads import Run as Run
 from relay.spool.threads import run_in_thread as run_in_thread
@@ -67,12 +68,6 @@ _MAX_GROUP_BYTES = 8_388_608
 
 _PRUNE_SECONDS = 1.0
 """Interval of housekeeping; 500 marks a second keep up with what a day's worth of full load leaves."""
-
-_SHED_SECONDS = 1.0
-"""Of a round in which sessions have to go: what it has dropped is a line in the log, and its order is no older."""
-
-_OLDEST_SESSIONS = 100
-"""Looked up at a time for that, since it looks at every segment."""
 
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
@@ -123,13 +118,10 @@ class Spool:
         self._writing = trio.Lock()
         self._closing = False
         self._capacity = Capacity(store, settings, reserve)
+        self._shedding = Shedding(lambda: self._capacity.is_tight, self._oldest_sessions, self._shed)
         self._damage = ""
         self._segments_quarantined = 0
         self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
-        self._tightened = trio.Event()
-        """Set by commits while sessions have to go."""
-        self._not_to_be_shed: set[int] = set()
-        """Sessions that lie on damaged pages, so that they cannot be dropped either."""
         self.append_damage = ""
         """What kept the last batch from being stored where that was damage; no reason to refuse others."""
         self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
@@ -381,8 +373,7 @@ class Spool:
                 self._commits += 1
                 self._steps += len(group.steps)
                 self._capacity.note_commit(disk)
-                if self._capacity.is_tight:
-                    self._tightened.set()
+                self._shedding.note_commit()
             self._groups.popleft()
             for result in group.results:
                 if isinstance(result, SpoolDamaged):
@@ -410,42 +401,14 @@ class Spool:
                 continue  # logged where the commit failed
 
     async def shed_sessions(self) -> None:
-        """Drop the oldest sessions as soon as a cap is near, one after the other, until there is room or cancelled."""
-        while True:
-            await self._tightened.wait()
-            try:
-                await self._shed_until(trio.current_time() + _SHED_SECONDS)
-            except SpoolUnavailable:
-                await trio.sleep(_SHED_SECONDS)  # logged where the commit failed
+        """Drop whole sessions whenever there is no room and the operator wants that, until cancelled."""
+        await self._shedding.run()
 
-    async def _shed_until(self, ends_at: float) -> None:
-        sessions = events = 0
-        oldest: list[int] = []
-        try:
-            while trio.current_time() < ends_at:
-                if not self._capacity.is_tight:
-                    self._tightened = trio.Event()
-                    with trio.move_on_at(ends_at):
-                        await self._tightened.wait()
-                    continue
-                if not oldest:
-                    count = _OLDEST_SESSIONS + len(self._not_to_be_shed)
-                    found = await self._read(partial(oldest_sessions, self._reader, count))
-                    oldest = [session_id for session_id in found if session_id not in self._not_to_be_shed]
-                if not oldest:  # whatever there is may be upstream already
-                    await trio.sleep_until(ends_at)
-                    break
-                session_id = oldest.pop(0)
-                try:
-                    shed = await self._step(partial(self._store.overflow.shed, session_id), self._announce_shed)
-                except SpoolDamaged:
-                    self._not_to_be_shed.add(session_id)
-                    continue
-                if shed is not None:
-                    sessions, events = sessions + 1, events + shed.events
-        finally:
-            if sessions:
-                log.error("sessions shed, there is no room for them", sessions=sessions, events=events)
+    async def _oldest_sessions(self, count: int) -> list[int]:
+        return await self._read(partial(oldest_sessions, self._reader, count))
+
+    async def _shed(self, session_id: int) -> Shed | None:
+        return await self._step(partial(self._store.overflow.shed, session_id), self._announce_shed)
 
     def _announce_shed(self, shed: Shed | None) -> None:
         if shed is not None:
