@@ -55,6 +55,8 @@ class FaultSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """What an outage answers; 0 closes the connection."""
     reject_keys: tuple[str, ...] = ()
     """Keys that are answered 401 although they would be accepted."""
+    fail_sessions: tuple[str, ...] = ()
+    """Sessions whose batches are all answered with an error, one of `error_status`, and not stored."""
 
     def __post_init__(self) -> None:
         """Check what concerns several fields."""

@@ -83,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--outage", _outage, "START:END", [], "in this span of seconds since the start hang up on all"),
         ("--outage-status", int, "STATUS", faults.outage_status, "answer outages with this; 0 hangs up"),
         ("--reject-key", str, "KEY", [], "answer this key 401"),
+        ("--fail-session", str, "ID", [], "answer this session's batches with an error"),
     ]
     for flag, kind, metavar, default, text in options:
         is_repeatable = isinstance(default, list)
@@ -117,6 +118,7 @@ def settings_of(arguments: argparse.Namespace) -> SandboxSettings:
         "outages": arguments.outage,
         "outage_status": arguments.outage_status,
         "reject_keys": arguments.reject_key,
+        "fail_sessions": arguments.fail_session,
     }
     values = {
         "keys": arguments.key,

@@ -195,6 +195,8 @@ class Sandbox:
         if isinstance(checked, Response):
             return checked
         session_id, batch = checked
+        if session_id in self._faults.settings.fail_sessions:
+            fate = msgspec.structs.replace(fate, kind="error")
         if fate.kind == "error" and fate.status in OF_CONTENT and self._store.has(session_id, batch.sequence):
             fate = msgspec.structs.replace(fate, kind="serve")
         self._report.count_fault(fate)

@@ -371,6 +371,17 @@ async def test_faults_can_be_changed_while_it_runs() -> None:
     assert (await send(sandbox, make_batch())).status == 200
 
 
+async def test_a_failing_session_fails_alone() -> None:
+    """Its batches are answered with the error and not stored; others are none the worse."""
+    sandbox = make_sandbox({"fail_sessions": ["bad"], "error_status": [503]})
+    for session, status in (("bad", 503), ("good", 200), ("bad", 503)):
+        batch = make_batch()
+        batch["session"]["id"] = session
+        assert (await send(sandbox, batch)).status == status
+    assert (sandbox.session("bad"), sandbox.report()["injected"]["error"]) == (None, 2)
+    assert_adds_up(sandbox.report())
+
+
 async def test_what_faults_shows_can_be_posted_back() -> None:
     """The settings survive a round trip through the two routes."""
     faults = {"outages": [[1, 2.5]], "error_status": [500, 503], "reject_keys": ["luc_pk_x"]}

@@ -102,6 +102,7 @@ def test_every_option_reaches_its_setting() -> None:
         *("--max-bytes", "9", "--error-rate", "0.1", "--error-status", "500", "--error-status", "503"),
         *("--drop-before-rate", "0.2", "--drop-after-rate", "0.3", "--latency", "1", "--latency-jitter", "2"),
         *("--outage", "5:6", "--outage", "7.5:8", "--outage-status", "503", "--reject-key", "luc_pk_c"),
+        *("--fail-session", "s1"),
     )
     assert settings_of(arguments) == SandboxSettings(
         keys=("luc_pk_a", "luc_pk_b"),
@@ -118,6 +119,7 @@ def test_every_option_reaches_its_setting() -> None:
             outages=((5.0, 6.0), (7.5, 8.0)),
             outage_status=503,
             reject_keys=("luc_pk_c",),
+            fail_sessions=("s1",),
         ),
     )
 
