@@ -30,8 +30,9 @@ from relay.data_api.credentials import read_token_file
 from relay.data_api.proxy import DataApi
 from relay.errors import ConfigError, SpoolDamaged, SpoolError
 from relay.exit_codes import ExitCode
+from relay.forward.clocks import Clocks
+from relay.forward.exchange import Client
 from relay.forward.forwarder import Forwarder
-from relay.forward.lane import Client, Clocks
 from relay.http.asgi import serve_asgi
 from relay.http.client import HttpClient
 from relay.http.listener import HttpListener, open_listeners
@@ -141,6 +142,8 @@ class Relay:
                 warnings.append(f"something that is not the ingest API answers {lane.key}: check upstream.ingest_url")
             elif lane.state == "probing":
                 warnings.append(f"upstream does not answer {lane.key}: {lane.failures} failures in a row")
+            if lane.stuck:
+                warnings.append(f"upstream fails {lane.stuck} batches of {lane.key} and takes others; see the log")
         data = sources["data_api"]
         if data.failures >= MANY_FAILURES:
             warnings.append(f"the data API does not answer: {data.failures} failures in a row")

@@ -171,6 +171,7 @@ METRICS = (
     Metric("budget_used", "gauge", "Occupied slots of a key's budget.", "forward", "budget_used_by_key", "key"),
     Metric("budget_limit", "gauge", "Slots a minute, 0 for no limit.", "forward", "budget_limit_by_key", "key"),
     Metric("lane_failures", "gauge", "Failed attempts of a key in a row.", "forward", "failures_by_key", "key"),
+    Metric("lane_stuck", "gauge", "Batches that fail while others are taken.", "forward", "stuck_by_key", "key"),
     # The data API's proxy.
     Metric("data_requests_total", "counter", "Data API requests.", "data_api", "requests_by_route", "route"),
     Metric("data_answers_total", "counter", "Answers to them.", "data_api", "answers_by_class", "class"),

@@ -39,7 +39,7 @@ class _Exchange(msgspec.Struct, frozen=True, order=True):
 
 
 class Forwarding:
-    """One run of one trace.
+    """One run of one trace. In its weather all batches fail alike, so none is ever stuck.
 
     Args:
         arrivals: The trace, in order of time.
@@ -177,7 +177,7 @@ class Forwarding:
             self._not_before = max(self._not_before, now + exchange.reply.retry_after)
             delay = max(delay, exchange.reply.retry_after)
         else:
-            self._breaker.fail(now, delay)
+            self._breaker.fail(now, self._backoff.delay_seconds(self._breaker.failures + 1, self._chance.random))
         self._sealed[sealed.number] = sealed
         self._schedule.retry_at(sealed.session, sealed.number, now + delay)
 

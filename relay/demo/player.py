@@ -16,7 +16,7 @@ import trio
 from relay.demo.audit import Played, WindowId
 from relay.demo.session import Recording, SmallBatch, encode_batch, event_identities
 from relay.errors import UpstreamError
-from relay.forward.lane import Client
+from relay.forward.exchange import Client
 from relay.protocol.codings import gzip_bytes
 from relay.sandbox.service import REPLAY_PATH
 

@@ -7,7 +7,7 @@ import trio
 
 from relay.demo.audit import Reads
 from relay.errors import UpstreamError
-from relay.forward.lane import Client
+from relay.forward.exchange import Client
 
 READERS = 10
 """As many dashboards open in one team; without a relay each of them takes a read of the token's budget."""

@@ -19,8 +19,10 @@ import trio
 
 from relay.config import Config
 from relay.errors import SpoolDamaged, SpoolUnavailable
+from relay.forward.clocks import Clocks
 from relay.forward.counts import ForwardCounts
-from relay.forward.lane import Client, Clocks, Lane, LaneStatus
+from relay.forward.exchange import Client
+from relay.forward.lane import Lane, LaneStatus
 from relay.forward.slots import Slots
 from relay.protocol.cut import Parting
 from relay.spool.spool import Spool
@@ -92,6 +94,11 @@ class ForwardStatistics(msgspec.Struct, frozen=True):
     def failures_by_key(self) -> dict[str, int]:
         """Attempts in a row without a usable answer, by the key's fingerprint."""
         return {lane.key: lane.failures for lane in self.lanes}
+
+    @property
+    def stuck_by_key(self) -> dict[str, int]:
+        """Batches that upstream fails again and again while it takes others, by the key's fingerprint."""
+        return {lane.key: lane.stuck for lane in self.lanes}
 
 
 class Forwarder:

@@ -11,45 +11,38 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from math import inf
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import msgspec
 import structlog
 import trio
 
 from relay.config import Config
-from relay.errors import SpoolDamaged, SpoolUnavailable, UpstreamError
+from relay.errors import SpoolDamaged, SpoolUnavailable
+from relay.forward.clocks import Clocks
 from relay.forward.counts import ForwardCounts
+from relay.forward.exchange import Answer, Client, exchange
 from relay.forward.slots import Slots
-from relay.http.client import Reply
 from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
-from relay.protocol.fingerprint import fingerprint, redact
+from relay.protocol.failures import Failures
+from relay.protocol.fingerprint import fingerprint
 from relay.protocol.limit import make_budget
 from relay.protocol.schedule import Choice, Schedule
-from relay.protocol.verdict import Verdict, classify, parse_retry_after
+from relay.protocol.verdict import Verdict
 from relay.spool.spool import Spool
 from relay.spool.values import Load, PendingWindow, Quarantined, Recut, SealedBatch
 
 T = TypeVar("T")
-
-INGEST_TARGET = "/api/sdk/replay"
-"""Upstream's one runtime endpoint."""
 
 _DISK_RETRY_SECONDS = 1.0
 """Pause after the disk refused a step; as often as the spool itself looks whether it works again."""
 
 _IN_TRANSIT_SECONDS = 5.0
 """How long after its beginning a send of an earlier run may have reached upstream; its end was not recorded."""
-
-_REPLY_EXCERPT_BYTES = 300
-"""Of an upstream answer, in a log line."""
-
-_DEAD_LETTER_ANSWER_BYTES = 4_096
-"""Of an upstream answer, beside a dead letter: the issues of a handful of bad fields."""
 
 _CONFIRM_SECONDS = 10.0
 """Pause before the first probe of a refused key, at most. One refusal may be a hiccup of upstream's, and to answer
@@ -61,33 +54,13 @@ _RECUTS: dict[Verdict, Recut] = {Verdict.POISON: "alone", Verdict.TOO_LARGE: "ha
 _COUNTED = frozenset({Verdict.DELIVERED, Verdict.POISON, Verdict.TOO_LARGE})
 """Verdicts on what upstream has looked at, and so counted as one of the key's requests."""
 
+_OF_KEY = frozenset({Verdict.LIMITED, Verdict.HOLD})
+"""Verdicts on the key, whatever was sent."""
+
 _SIGNS_OF_LOAD = {Verdict.DELIVERED: True, Verdict.RETRY: False, Verdict.OUTAGE: False}
 """Verdicts by whether upstream coped; a batch, key or rate that is refused says nothing of that."""
 
 log = structlog.get_logger()
-
-
-class Client(Protocol):
-    """What a lane needs of the HTTP client."""
-
-    async def request(self, method: str, target: str, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> Reply:
-        """Send a request and return the answer, or raise `UpstreamError`."""
-
-
-class Clocks(msgspec.Struct, frozen=True):
-    """Time and chance, which tests replace."""
-
-    monotonic: Callable[[], float]
-    """Seconds; for deadlines and intervals."""
-    wall: Callable[[], float]
-    """Seconds since the epoch; for what is compared across restarts."""
-    uniform: Callable[[], float]
-    """A random number in [0, 1), for jitter."""
-
-    def from_wall(self, at: float) -> float:
-        """Return a past wall-clock time on the monotonic clock; never in the future, whatever the wall clock did."""
-        now = self.monotonic()
-        return min(now, now - (self.wall() - at))
 
 
 LaneState: TypeAlias = Literal["open", "probing", "held", "limited", "misdirected"]
@@ -111,6 +84,8 @@ class LaneStatus(msgspec.Struct, frozen=True):
     """Slots of a window; 0 is unlimited."""
     failures: int
     """Attempts in a row without a usable answer."""
+    stuck: int
+    """Batches that upstream fails again and again while it takes others."""
 
 
 class Lane:
@@ -158,9 +133,10 @@ class Lane:
         self._is_misdirected = False
         self._parts: dict[int, deque[int]] = {}
         """By session: batches that a refused one was cut into and that are not sent yet, in order."""
-        self._failures: dict[int, int] = {}
-        """Failed attempts in a row, by batch; only of batches that wait for a retry."""
+        self._failures = Failures()
         self._in_flight = 0
+        self._stuck_in_flight = 0
+        """Beside these: a stuck batch is sent alone, but holds up no other."""
         self._changed = trio.Event()
 
     # -- what is there to do
@@ -217,7 +193,7 @@ class Lane:
     @property
     def is_idle(self) -> bool:
         """Whether the lane has nothing to do and remembers nothing that matters."""
-        is_at_rest = self._schedule.is_empty and not self._in_flight
+        is_at_rest = self._schedule.is_empty and not self._in_flight and not self._stuck_in_flight
         return is_at_rest and self._budget.is_forgettable(self._clocks.monotonic())
 
     def status(self) -> LaneStatus:
@@ -236,10 +212,11 @@ class Lane:
             fingerprint(self._key),
             state,
             len(self._schedule),
-            self._in_flight,
+            self._in_flight + self._stuck_in_flight,
             self._budget.used(now),
             self._budget.limit,
             self._breaker.failures,
+            self._failures.stuck,
         )
 
     def release_key(self) -> None:
@@ -263,14 +240,34 @@ class Lane:
             now = self._clocks.monotonic()
             choice = None
             if self._ready_at(now) <= now:
-                choice = self._schedule.choose(now, is_scarce=self._budget.is_scarce(now))
+                choice = self._schedule.choose(
+                    now,
+                    is_scarce=self._budget.is_scarce(now),
+                    may_be_stuck=not self._stuck_in_flight,
+                )
             if choice is None:
                 self._slots.release()
                 continue
-            self._in_flight += 1
-            self._budget.begin(now)
-            self._breaker.begin()
+            self._begin(choice, now)
             deliveries.start_soon(self._deliver, choice)
+
+    def _begin(self, choice: Choice, now: float) -> None:
+        self._budget.begin(now)
+        if choice.reason == "stuck":
+            self._stuck_in_flight = 1
+            self._slots.release()  # it may hang: others must not wait for it
+        else:
+            self._in_flight += 1
+            self._breaker.begin()
+
+    def _end(self, choice: Choice) -> None:
+        if choice.reason == "stuck":
+            self._stuck_in_flight = 0
+        else:
+            self._in_flight -= 1
+            self._breaker.end()
+            self._slots.release()
+        self.wake()
 
     async def _wait_until_ready(self) -> None:
         while True:
@@ -292,7 +289,8 @@ class Lane:
     def _ready_but_for_slot_at(self, now: float) -> float:
         if self._budget.limit and self._in_flight >= self._settings.max_in_flight_per_key:
             return inf
-        return max(self._schedule.ready_at(now), self._breaker.ready_at(), self._not_before)
+        due_at = self._schedule.ready_at(now, may_be_stuck=not self._stuck_in_flight)
+        return max(due_at, self._breaker.ready_at(), self._not_before)
 
     def _waits_for_slot(self, now: float) -> bool:
         return self._budget.ready_at(now) > now >= self._ready_but_for_slot_at(now)
@@ -300,27 +298,30 @@ class Lane:
     async def _deliver(self, choice: Choice) -> None:
         """Make one attempt at one batch, and settle what comes of it."""
         load: Load | None = None
+        answer: Answer | None = None
         try:
             load = await self._take(choice)
             if load is not None:
-                await self._attempt(load)
+                was_held, began_at = self._is_held, self._clocks.monotonic()
+                answer = await self._send(load, began_at)
+                self._learn(answer.verdict, began_at)
+                await self._conclude(load.batch, answer, was_held=was_held)
         except SpoolDamaged as error:
             # The session stays busy: what cannot be read, or settled, is kept as it is for `spool salvage`.
             self._log.error("a session is set aside", session=choice.session_id, problem=str(error))
             self._counts.sessions_set_aside += 1
-        except Exception:  # noqa: BLE001 - one session's trouble must not end the lane
-            # The session stays busy: what we cannot handle is kept, and not touched again before a restart.
+        except Exception as error:  # noqa: BLE001 - one session's trouble must not end the lane
             self._log.exception("delivery failed by an error of the relay", session=choice.session_id)
             self._counts.attempt_errors += 1
+            if load is not None and answer is None:
+                self._retry(load.batch, Answer(Verdict.RETRY, f"{type(error).__name__} in the relay"), was_held=False)
+            # Else the session stays busy: it is not known what of it is done, which only a restart reads from the disk.
         finally:
             if load is None:
                 self._budget.abandon()
             else:
                 self._budget.end(self._clocks.monotonic())
-            self._breaker.end()
-            self._in_flight -= 1
-            self._slots.release()
-            self.wake()
+            self._end(choice)
 
     async def _take(self, choice: Choice) -> Load | None:
         """Seal what was chosen, or load what was sealed; None where there is nothing to send after all."""
@@ -342,7 +343,8 @@ class Lane:
         except SpoolUnavailable:
             self._not_before = max(self._not_before, self._clocks.monotonic() + _DISK_RETRY_SECONDS)
             if choice.batch_id is not None:
-                self._schedule.retry_at(choice.session_id, choice.batch_id, self._not_before)
+                is_stuck = self._failures.is_stuck(choice.batch_id)
+                self._schedule.retry_at(choice.session_id, choice.batch_id, self._not_before, is_stuck=is_stuck)
             else:
                 self._schedule.release(choice.session_id)
             return None
@@ -370,38 +372,33 @@ class Lane:
                 fullness=self._limits.fullness(gone.event_count, gone.events_bytes, gone.deflated_bytes),
             )
 
-    async def _attempt(self, load: Load) -> None:
-        headers = (
-            (b"X-Lucent-Api-Key", self._key.encode()),
-            (b"Content-Type", b"application/json"),
-            (b"Content-Encoding", b"gzip"),
-        )
-        reply: Reply | None = None
-        was_held, began_at = self._is_held, self._clocks.monotonic()
+    async def _send(self, load: Load, began_at: float) -> Answer:
         self._counts.bytes_sent += len(load.body)
         began_in = self._slots.begin()
         verdict = Verdict.RETRY
         try:
-            reply = await self._client.request("POST", INGEST_TARGET, headers, load.body)
-            verdict = classify(reply.status)
-            problem = f"{reply.status} {reply.body[:_REPLY_EXCERPT_BYTES].decode('utf-8', 'replace')}"
-        except UpstreamError as error:
-            problem = str(error)
+            answer = await exchange(self._client, self._key, load.body)
+            verdict = answer.verdict
         finally:
-            self._slots.end(began_in, self._clocks.monotonic() - began_at, is_ok=_SIGNS_OF_LOAD.get(verdict))
+            is_ok = None if self._failures.is_stuck(load.batch.batch_id) else _SIGNS_OF_LOAD.get(verdict)
+            self._slots.end(began_in, self._clocks.monotonic() - began_at, is_ok=is_ok)
         self._counts.verdicts[verdict] += 1
-        self._learn(verdict, began_at)
-        if reply is not None and verdict in _RECUTS:
+        return answer
+
+    async def _conclude(self, batch: SealedBatch, answer: Answer, *, was_held: bool) -> None:
+        """Do what the verdict asks for."""
+        if answer.verdict in _COUNTED:
+            self._failures.note_taken()
             self._note_success()
-            await self._refuse(load.batch, _RECUTS[verdict], reply, problem)
-        elif verdict is Verdict.DELIVERED:
-            self._note_success()
+        if answer.verdict in _RECUTS:
+            await self._refuse(batch, _RECUTS[answer.verdict], answer)
+        elif answer.verdict is Verdict.DELIVERED:
             delivered_at = self._clocks.wall()
-            await self._record(lambda: self._spool.settle(load.batch.batch_id))
-            self._counts.note_delivered(load.batch, delivered_at)
-            self._go_on(load.batch.session_id, load.batch.batch_id)
+            await self._record(lambda: self._spool.settle(batch.batch_id))
+            self._counts.note_delivered(batch, delivered_at)
+            self._go_on(batch.session_id, batch.batch_id)
         else:
-            self._retry(load.batch, verdict, reply, problem, was_held=was_held)
+            self._retry(batch, answer, was_held=was_held)
 
     def _learn(self, verdict: Verdict, began_at: float) -> None:
         """Let the budget know what an answer says of the key's limit; that upstream is in trouble says nothing."""
@@ -410,22 +407,23 @@ class Lane:
         elif verdict in _COUNTED:
             self._budget.note_taken(began_at)
 
-    async def _refuse(self, batch: SealedBatch, cut: Recut, reply: Reply, problem: str) -> None:
+    async def _refuse(self, batch: SealedBatch, cut: Recut, answer: Answer) -> None:
         """Go on with the parts of a batch that upstream refuses as it is, or without it."""
-        answer = redact(reply.body[:_DEAD_LETTER_ANSWER_BYTES].decode("utf-8", "replace"))
-        refused = await self._record(lambda: self._spool.refuse(batch.batch_id, cut, reply.status, answer))
+        refused = await self._record(lambda: self._spool.refuse(batch.batch_id, cut, answer.status, answer.text))
         if refused.parts:
             self._counts.batches_recut += 1
-            self._log.warning("upstream refuses a batch, it is cut", parts=len(refused.parts), reply=problem)
+            self._log.warning("upstream refuses a batch, it is cut", parts=len(refused.parts), reply=answer.problem)
         else:
             self._counts.batches_dead_lettered += 1
-            self._log.error("upstream refuses events, they are dead letters", events=batch.event_count, reply=problem)
+            self._log.error(
+                "upstream refuses events, they are dead letters", events=batch.event_count, reply=answer.problem
+            )
         self._parts.setdefault(batch.session_id, deque()).extendleft(reversed(refused.parts))
         self._go_on(batch.session_id, batch.batch_id)
 
     def _go_on(self, session_id: int, batch_id: int) -> None:
         """Let the session of a settled batch go on: with the next part of a refused one, if there is any."""
-        self._failures.pop(batch_id, None)
+        self._failures.forget(batch_id)
         parts = self._parts.get(session_id)
         if parts:
             self._schedule.queue_part(session_id, parts.popleft())
@@ -433,21 +431,17 @@ class Lane:
             self._parts.pop(session_id, None)
             self._schedule.release(session_id)
 
-    def _retry(
-        self, batch: SealedBatch, verdict: Verdict, reply: Reply | None, problem: str, *, was_held: bool
-    ) -> None:
+    def _retry(self, batch: SealedBatch, answer: Answer, *, was_held: bool) -> None:
         """Send the batch again, later."""
         now = self._clocks.monotonic()
-        failures = self._failures[batch.batch_id] = self._failures.get(batch.batch_id, 0) + 1
+        verdict, problem = answer.verdict, answer.problem
+        failures = self._failures.note_failure(batch.batch_id, is_of_key=verdict in _OF_KEY)
+        is_stuck = self._failures.is_stuck(batch.batch_id)
         delay = self._backoff.delay_seconds(failures, self._clocks.uniform)
-        self._is_misdirected = verdict is Verdict.OUTAGE
+        self._is_misdirected = verdict is Verdict.OUTAGE and not is_stuck
         if verdict is Verdict.LIMITED:
             self._note_success()
-            asked = parse_retry_after(
-                reply.headers.get(b"retry-after", b"") if reply else b"",
-                self._clocks.wall(),
-                self._settings.retry_after_max_seconds,
-            )
+            asked = answer.asked_pause(self._clocks.wall(), self._settings.retry_after_max_seconds)
             # At least the backoff for the batch itself: `Retry-After: 0` must not become a tight loop.
             self._not_before = max(self._not_before, now + (delay if asked is None else asked))
             delay = max(delay, asked or 0.0)
@@ -455,13 +449,16 @@ class Lane:
         elif verdict is Verdict.HOLD:
             self._hold(now, problem, was_held=was_held)
             delay = 0.0  # the breaker says when the next probe goes
+        elif is_stuck:
+            self._log.error("upstream takes other batches and fails this one", reply=problem, session=batch.session_id)
         else:
-            self._breaker.fail(now, delay)
+            # In its own measure: one batch that fails for long must not make the lane wait for as long.
+            self._breaker.fail(now, self._backoff.delay_seconds(self._breaker.failures + 1, self._clocks.uniform))
             if verdict is Verdict.OUTAGE:
                 self._log.error("upstream is not the ingest API; check upstream.ingest_url", reply=problem)
             else:
                 self._log.warning("attempt failed", problem=problem, failures=self._breaker.failures)
-        self._schedule.retry_at(batch.session_id, batch.batch_id, now + delay)
+        self._schedule.retry_at(batch.session_id, batch.batch_id, now + delay, is_stuck=is_stuck)
 
     def _hold(self, now: float, problem: str, *, was_held: bool) -> None:
         """Hold the key. It is known to be bad once a probe that began after the first refusal is refused too."""

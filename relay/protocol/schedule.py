@@ -5,10 +5,11 @@ differ in nothing else. What matters of them is whether the first is *complete*:
 envelope behind it, ended by a final, or awaited by a final of its session. A complete run costs its request whenever
 it is sent; an open one may still grow, and costs less the longer it waits.
 
-So the order is: sealed batches whose retry is due; complete runs, session by session; open runs that have lingered,
-the oldest first. While requests are plentiful nothing of this shows: whatever is complete or has lingered goes at
-once. While they are scarce every request that can be full is full, and open runs share what full ones leave, so each
-is sent at the latest when it is complete, and no wait grows as long as demand is within the budget.
+So the order is: sealed batches whose retry is due, in turns with the others (rule 9); complete runs, session by
+session; open runs that have lingered, the oldest first. While requests are plentiful nothing of this shows: whatever
+is complete or has lingered goes at once. While they are scarce every request that can be full is full, and open runs
+share what full ones leave, so each is sent at the latest when it is complete, and no wait grows as long as demand is
+within the budget.
 
 Rules:
 1. Pure: time is an argument (any monotonic clock, seconds), and nothing is read or sent here.
@@ -17,7 +18,7 @@ Rules:
    same, so this is fair queueing: a noisy session delays another by one request a round.
 4. There are two lines, for live traffic and for backlog, and while both are occupied they share the requests. Neither
    starves after an outage, nor does a new session have to wait until the backlog is gone. Whoever grows old in the line
-   of live traffic changes over to the other.
+   of live traffic changes over to the other. What is sent again counts as backlog, of which an outage leaves much.
 5. An open run counts as complete once it is so old that waiting for more saves little. Only where demand has exceeded
    the budget for long does a run get so old; without this rule the last events of a session that fell silent would
    wait until demand sinks.
@@ -31,6 +32,9 @@ Rules:
    keep the place that they had by the other rule until they are the first in line: then one with a run that is closed
    no more goes back to the open ones. The other way round it goes by its age, which where requests are plentiful is
    soon enough.
+9. No batch keeps others from being sent by failing: whatever is sent again takes turns with what was never tried. So
+   upstream is not judged by one batch while it is only probed. Batches that are stuck (`failures.py`) also go one at a
+   time, and one in ten seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ from typing import Literal
 import msgspec
 
 from relay.protocol.cut import Likeness, Limits, Merge, Parting, parting
+from relay.protocol.pending import COMPLETE, NOWHERE, OPEN, RETRY, STUCK, Session, Window
 
 BACKLOG_SECONDS = 600.0
 """Older runs are backlog. In the simulator, quiet readers' runs are sent within 452 s, full or not, while the optimum
@@ -56,12 +61,10 @@ _MOST_MOVED = 250
 """Runs that fall due at one look, about 1 ms. Where more are due at a time, as after a restart, the next looks have the
 rest: whoever asks has more to do than this, and what is due cannot all be sent at once anyway."""
 
-_RETRY, _COMPLETE, _OPEN = range(3)
+STUCK_SECONDS = 10.0
+"""Between stuck batches, until one is taken: they have a sixteenth of the published budget."""
 
-Reason = Literal["retry", "part", "full", "closed", "awaited", "final", "lingered", "aged"]
-
-_NOWHERE = (inf, _OPEN, inf)
-"""The place of a session of which nothing may be sent."""
+Reason = Literal["retry", "stuck", "part", "full", "closed", "awaited", "final", "lingered", "aged"]
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -77,61 +80,6 @@ class Choice(msgspec.Struct, frozen=True):
     """Why it is due."""
     merges_pages: bool = False
     """Whether a changed page does not end the window's batch."""
-
-
-class _Window:
-    __slots__ = (
-        "deflated_bytes",
-        "events",
-        "events_bytes",
-        "finals",
-        "likeness",
-        "oldest_at",
-        "parting",
-        "session",
-        "stamp",
-        "window_id",
-    )
-
-    def __init__(self, window_id: int, session: _Session, likeness: Likeness, oldest_at: float) -> None:
-        self.window_id = window_id
-        self.session = session
-        self.likeness = likeness
-        """Of what was added last."""
-        self.parting = Parting.NOTHING
-        """What parts the first run from what is behind it."""
-        self.oldest_at = oldest_at
-        self.events = 0
-        self.events_bytes = 0
-        self.deflated_bytes = 0
-        self.finals = 0
-        self.stamp = 0
-        """Of its entry in the session's queue; 0 while it has none."""
-
-
-class _Session:
-    __slots__ = (
-        *("batch_id", "finals", "is_busy", "is_part", "place", "queue"),
-        *("retry_at", "session_id", "stamp", "windows", "withheld"),
-    )
-
-    def __init__(self, session_id: int) -> None:
-        self.session_id = session_id
-        self.windows: dict[int, _Window] = {}
-        self.queue: list[tuple[float, int, int]] = []
-        """(turn_at, stamp, window_id)"""
-        self.withheld: list[int] = []
-        """Windows that are not in the queue until something happens to the session; few, and a list is small."""
-        self.finals = 0
-        self.is_busy = False
-        self.batch_id: int | None = None
-        self.is_part = False
-        """Whether that batch is sent in the session's turn rather than at `retry_at`."""
-        self.retry_at = inf
-        self.place: tuple[float, int, float] = _NOWHERE
-        """(due_at, rank, oldest_at) by which it stands in the lane's queues."""
-        self.stamp = 0
-        """Of its entry there."""
 
 
 class Schedule:
@@ -151,12 +99,17 @@ class Schedule:
         self._linger = linger_seconds
         self._live_share = live_share
         self._live_credit = 0.0
-        self._sessions: dict[int, _Session] = {}
-        self._windows: dict[int, _Window] = {}
+        self._sessions: dict[int, Session] = {}
+        self._windows: dict[int, Window] = {}
         self._waiting: list[tuple[float, int, int]] = []
         """(due_at, stamp, session_id) of sessions with runs that are not looked at yet"""
         self._retries: list[tuple[float, int, int]] = []
         """(retry_at, stamp, session_id)"""
+        self._stuck: list[tuple[float, int, int]] = []
+        """(retry_at, stamp, session_id)"""
+        self._stuck_not_before = -inf
+        self._was_again = False
+        """Whether the last choice, but for live traffic, was a batch that had been sent before."""
         self._live: deque[tuple[int, int]] = deque()
         self._backlog: deque[tuple[int, int]] = deque()
         """(stamp, session_id) of sessions with complete runs, in line"""
@@ -208,7 +161,7 @@ class Schedule:
         session = self._session(session_id)
         window = self._windows.get(window_id)
         if window is None:
-            window = _Window(window_id, session, likeness, oldest_at)
+            window = Window(window_id, session, likeness, oldest_at)
             self._windows[window_id] = session.windows[window_id] = window
         turn_at = self._turn_at(window)
         window.parting = max(window.parting, inner, parting(window.likeness, likeness))
@@ -261,12 +214,13 @@ class Schedule:
         else:
             del self._windows[window_id], session.windows[window_id]
 
-    def retry_at(self, session_id: int, batch_id: int, at: float) -> None:
-        """Let a sealed batch be sent again from `at` on; nothing else of its session goes before."""
+    def retry_at(self, session_id: int, batch_id: int, at: float, *, is_stuck: bool = False) -> None:
+        """Let a sealed batch be sent again from `at` on, nothing of its session before it; stuck, it stands back."""
         session = self._session(session_id)
         session.is_busy = False
         session.batch_id = batch_id
         session.is_part = False
+        session.is_stuck = is_stuck
         session.retry_at = at
         self._place(session)
 
@@ -276,7 +230,7 @@ class Schedule:
         It is no retry, which would go before everybody: to find one bad event takes many requests.
         """
         session = self._session(session_id)
-        session.is_busy = False
+        self._end_sending(session)
         session.batch_id = batch_id
         session.is_part = True
         self._place(session)
@@ -284,13 +238,19 @@ class Schedule:
     def release(self, session_id: int) -> None:
         """Note that a session's batch in flight is settled."""
         session = self._sessions[session_id]
-        session.is_busy = False
+        self._end_sending(session)
         session.batch_id = None
         self._queue_withheld(session)
         if session.windows:
             self._place(session)
         else:
             del self._sessions[session_id]
+
+    def _end_sending(self, session: Session) -> None:
+        session.is_busy = False
+        if session.is_stuck:
+            session.is_stuck = False
+            self._stuck_not_before = -inf  # the others may be taken, too
 
     def forget(self, session_id: int) -> None:
         """Note that nothing of a session is pending any more, though none of it was sent."""
@@ -313,59 +273,73 @@ class Schedule:
 
     # -- what to do
 
-    def ready_at(self, now: float) -> float:
-        """Return when there may be something to send: `now`, later, or inf."""
+    def ready_at(self, now: float, *, may_be_stuck: bool = True) -> float:
+        """Return when there may be something to send: `now`, later, or inf; `may_be_stuck` as `choose`."""
         self._ripen(now)
         if self._live or self._backlog or self._open:
             return now
         waiting = (queue[0][0] for queue in (self._retries, self._waiting) if queue)
-        return max(now, min(waiting, default=inf))
+        return max(now, min(*waiting, self._stuck_ready_at() if may_be_stuck else inf, inf))
 
-    def choose(self, now: float, *, is_scarce: bool = False) -> Choice | None:
+    def _stuck_ready_at(self) -> float:
+        return max(self._stuck[0][0], self._stuck_not_before) if self._stuck else inf
+
+    def choose(self, now: float, *, is_scarce: bool = False, may_be_stuck: bool = True) -> Choice | None:
         """Choose what to send and make its session busy; None where nothing is due.
 
         Args:
             now: Any monotonic clock, seconds.
             is_scarce: Whether requests are scarce, as `Budget.is_scarce` has it.
+            may_be_stuck: Whether a stuck batch may be sent, that is, no other is under way.
         """
         self._merges_pages = self._merge == "page" or (self._merge == "page-when-scarce" and is_scarce)
         self._ripen(now)
-        if self._retries and self._retries[0][0] <= now:
-            session_id = heapq.heappop(self._retries)[-1]
-        elif self._live or self._backlog:
-            session_id = self._next_in_line()
-        elif self._open:
-            session_id = heapq.heappop(self._open)[-1]
+        again = self._next_again(now, may_be_stuck=may_be_stuck)
+        if self._live and self._is_turn_of_live(has_rest=again is not None or bool(self._backlog)):
+            session_id = self._live.popleft()[-1]
+        elif again is not None and not (self._was_again and (self._backlog or (self._open and not self._live))):
+            session_id = heapq.heappop(again)[-1]
+            self._was_again = True
+            if again is self._stuck:
+                self._stuck_not_before = now + STUCK_SECONDS
+        elif self._backlog or self._open:
+            session_id = self._backlog.popleft()[-1] if self._backlog else heapq.heappop(self._open)[-1]
+            self._was_again = False
         else:
             return None
         session = self._sessions[session_id]
         session.is_busy = True
-        session.place = _NOWHERE
+        session.place = NOWHERE
         if session.batch_id is not None:
-            return Choice(session_id, None, session.batch_id, "part" if session.is_part else "retry")
+            reason: Reason = "part" if session.is_part else "stuck" if session.is_stuck else "retry"
+            return Choice(session_id, None, session.batch_id, reason)
         window = self._windows[session.queue[0][-1]]
         return Choice(session_id, window.window_id, None, self._reason(window, now), self._merges_pages)
 
-    def _next_in_line(self) -> int:
-        """Take a session from the line whose turn it is."""
-        line = self._live or self._backlog
-        if self._live and self._backlog:
-            self._live_credit += self._live_share
-            if self._live_credit < 1:
-                line = self._backlog
-            else:
-                self._live_credit -= 1
-        return line.popleft()[-1]
+    def _next_again(self, now: float, *, may_be_stuck: bool) -> list[tuple[float, int, int]] | None:
+        """Return the queue whose first batch is due to be sent again."""
+        if self._retries and self._retries[0][0] <= now:
+            return self._retries
+        return self._stuck if may_be_stuck and self._stuck_ready_at() <= now else None
+
+    def _is_turn_of_live(self, *, has_rest: bool) -> bool:
+        if not has_rest:
+            return True
+        self._live_credit += self._live_share
+        if self._live_credit < 1:
+            return False
+        self._live_credit -= 1
+        return True
 
     # -- a session's queue
 
-    def _session(self, session_id: int) -> _Session:
+    def _session(self, session_id: int) -> Session:
         session = self._sessions.get(session_id)
         if session is None:
-            session = self._sessions[session_id] = _Session(session_id)
+            session = self._sessions[session_id] = Session(session_id)
         return session
 
-    def _is_full(self, window: _Window) -> bool:
+    def _is_full(self, window: Window) -> bool:
         # With a final, more than full: a final that fits in would be cut off and sent alone, if it has to wait.
         spare = 1 if window.finals else 0
         return (
@@ -374,20 +348,20 @@ class Schedule:
             or window.deflated_bytes >= self._limits.max_gzip_bytes + spare
         )
 
-    def _is_closed(self, window: _Window) -> bool:
+    def _is_closed(self, window: Window) -> bool:
         return window.parting.parts(merges_pages=self._merges_pages)
 
-    def _is_complete(self, window: _Window) -> bool:
+    def _is_complete(self, window: Window) -> bool:
         return self._is_closed(window) or self._is_full(window)
 
-    def _turn_at(self, window: _Window) -> float:
+    def _turn_at(self, window: Window) -> float:
         """Return what orders the windows of a session: an open run counts from when it will be complete by age."""
         if self._is_complete(window):
             return window.oldest_at
         # A final goes last, being the one that waits for the others.
         return inf if window.finals else window.oldest_at + MAX_OPEN_SECONDS
 
-    def _reason(self, window: _Window, now: float) -> Reason:
+    def _reason(self, window: Window, now: float) -> Reason:
         if self._is_full(window):
             return "full"
         if self._is_closed(window):
@@ -396,17 +370,17 @@ class Schedule:
             return "final" if window.finals else "awaited"
         return "aged" if window.oldest_at + MAX_OPEN_SECONDS <= now else "lingered"
 
-    def _queue(self, window: _Window) -> None:
+    def _queue(self, window: Window) -> None:
         """Give a window a new entry in its session's queue."""
         self._stamp += 1
         window.stamp = self._stamp
         heapq.heappush(window.session.queue, (self._turn_at(window), window.stamp, window.window_id))
 
-    def _queue_withheld(self, session: _Session) -> None:
+    def _queue_withheld(self, session: Session) -> None:
         while session.withheld:
             self._queue(self._windows[session.withheld.pop()])
 
-    def _first(self, session: _Session) -> _Window | None:
+    def _first(self, session: Session) -> Window | None:
         """Return the window to serve first, and clear the top of the queue up to it."""
         while session.queue:
             window = self._windows.get(session.queue[0][-1])
@@ -417,7 +391,7 @@ class Schedule:
 
     # -- the lane's queues
 
-    def _place(self, session: _Session) -> None:
+    def _place(self, session: Session) -> None:
         """Give a session its place in the queues, if that has changed."""
         if session.is_busy:
             return
@@ -427,18 +401,20 @@ class Schedule:
         session.place = place
         self._stamp += 1
         session.stamp = self._stamp
-        queue = self._retries if place[1] == _RETRY else self._waiting
+        queue = {RETRY: self._retries, STUCK: self._stuck}.get(place[1], self._waiting)
         heapq.heappush(queue, (place[0], session.stamp, session.session_id))
 
-    def _place_of(self, session: _Session) -> tuple[float, int, float]:
+    def _place_of(self, session: Session) -> tuple[float, int, float]:
         if session.batch_id is not None:
-            return (-inf, _COMPLETE, 0.0) if session.is_part else (session.retry_at, _RETRY, session.retry_at)
+            if session.is_part:
+                return -inf, COMPLETE, 0.0
+            return session.retry_at, STUCK if session.is_stuck else RETRY, session.retry_at
         window = self._first(session)
         if window is None:
-            return _NOWHERE
+            return NOWHERE
         if self._is_complete(window) or session.finals:
-            return -inf, _COMPLETE, 0.0  # in line it keeps its place, whichever of its windows is the first
-        return window.oldest_at + self._linger, _OPEN, window.oldest_at
+            return -inf, COMPLETE, 0.0  # in line it keeps its place, whichever of its windows is the first
+        return window.oldest_at + self._linger, OPEN, window.oldest_at
 
     def _is_current(self, stamp: int, session_id: int) -> bool:
         session = self._sessions.get(session_id)
@@ -446,7 +422,7 @@ class Schedule:
 
     def _ripen(self, now: float) -> None:
         """Move what is due from the waiting to the ready, up to a bound, and drop stale entries from all heads."""
-        for queue in (self._waiting, self._retries, self._open):
+        for queue in (self._waiting, self._retries, self._stuck, self._open):
             self._drop_stale(queue)
         for _ in range(_MOST_MOVED):
             if not self._waiting or self._waiting[0][0] > now:
@@ -466,7 +442,7 @@ class Schedule:
             self._leave_line(self._live)
         self._leave_line(self._backlog)
 
-    def _is_backlog(self, session: _Session, now: float) -> bool:
+    def _is_backlog(self, session: Session, now: float) -> bool:
         first = self._first(session)
         return first is not None and first.oldest_at + BACKLOG_SECONDS <= now
 
@@ -484,9 +460,9 @@ class Schedule:
             self._place(self._sessions[session_id])  # which leaves the line if its place is another now
         return self._is_current(stamp, session_id)
 
-    def _ready(self, session: _Session, now: float) -> None:
+    def _ready(self, session: Session, now: float) -> None:
         _, rank, oldest_at = session.place
-        if rank == _COMPLETE:
+        if rank == COMPLETE:
             line = self._backlog if self._is_backlog(session, now) else self._live
             line.append((session.stamp, session.session_id))
         else:

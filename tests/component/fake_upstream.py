@@ -13,8 +13,9 @@ import trio
 
 from relay.config import Batch, Budget, Config, Forward
 from relay.errors import ExchangeFailed
+from relay.forward.clocks import Clocks
+from relay.forward.exchange import Client
 from relay.forward.forwarder import Forwarder
-from relay.forward.lane import Client, Clocks
 from relay.http.client import Reply
 from relay.spool.spool import Run, Spool
 from tests.accounting import assert_accounted

@@ -198,6 +198,23 @@ async def test_secrets_stay_inside(tmp_path: Path) -> None:
         assert_accounted(status["account"], accepted=1, sealed=1)
 
 
+@pytest.mark.slow
+async def test_a_stuck_batch_is_told(tmp_path: Path) -> None:
+    """A session that upstream stumbles over is a warning and a figure, everybody else's replays arrive."""
+    async with running(tmp_path, faults={"fail_sessions": ["bad"]}, deadline_seconds=0.5) as it:
+        assert await it.post(make_body("bad", flush="final")) == 200
+        good = 0
+        with trio.fail_after(120):
+            while not (status := await it.status())["forward"]["lanes"][0]["stuck"]:
+                assert await it.post(make_body(f"good{good}", flush="final")) == 200
+                good += 1
+                await it.wait_delivered(good)
+        assert [warning.partition(" of key-")[0] for warning in status["warnings"]] == ["upstream fails 1 batches"]
+        assert b"\nlucent_relay_lane_stuck{" in (await it.get("/metrics")).body
+        status = await it.wait_status(lambda status: status["account"]["delivered"] == good)
+        assert_accounted(status["account"], accepted=good + 1, delivered=good, sealed=1)
+
+
 async def test_full_spool_is_not_ready(tmp_path: Path) -> None:
     """While the spool refuses, `/readyz` is 503 with the reason, clients get 503, and `/livez` is 200."""
     async with running(tmp_path, faults={"latency_seconds": 60}, max_bytes=1 << 20, deadline_seconds=0.5) as it:

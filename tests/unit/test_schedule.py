@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from relay.protocol.cut import Likeness, Limits, Merge, Parting, parting
-from relay.protocol.schedule import MAX_OPEN_SECONDS, Choice, Schedule
+from relay.protocol.schedule import MAX_OPEN_SECONDS, STUCK_SECONDS, Choice, Schedule
 
 LIMITS = Limits(10, 1_000)
 LINGER = 5.0
@@ -59,6 +59,7 @@ class FakeSession(msgspec.Struct):
     choice: Choice | None = None
     batch_id: int | None = None
     retry_at: float = inf
+    is_stuck: bool = False
     passed_over: int = 0
     """Complete runs of other sessions sent while it stood in line."""
 
@@ -70,7 +71,7 @@ class Candidate(msgspec.Struct, frozen=True):
     reasons: dict[int | None, str]
     """Any of these windows, with why; None for a sealed batch."""
     rank: int
-    """0 a retry, 1 a complete run, 2 an open run."""
+    """0 a retry, 1 a complete run, 2 an open run, 3 a stuck batch."""
     due_at: float
     age: float
     """When the batch may be sent again, or when the run's oldest event was accepted."""
@@ -83,18 +84,38 @@ class Model:
         self.merges_pages = False
         self.windows: dict[int, FakeWindow] = {}
         self.sessions: dict[int, FakeSession] = {}
+        self.stuck_not_before = -inf
+        self.in_a_row = {False: 0, True: 0}
+        """Choices of what was never sent, and of what is sent again, while the other waited."""
 
-    def candidates(self, now: float) -> list[Candidate]:
+    def may_be(self, due: list[Candidate]) -> set[int]:
+        """Return of which ranks the next choice may be, where something is due."""
+        ranks = {found.rank for found in due}
+        return {min(side) for side in (ranks & {1, 2}, ranks & {0, 3}) if side}
+
+    def take_turns(self, ranks: set[int], rank: int) -> None:
+        """Note a choice; with equal shares neither side waits for long (live, again, live, backlog, live, again, …)."""
+        is_again = rank in {0, 3}
+        self.in_a_row[is_again] = self.in_a_row[is_again] + 1 if len(ranks) == 2 else 0
+        self.in_a_row[not is_again] = 0
+        assert self.in_a_row[True] <= 2
+        assert self.in_a_row[False] <= 4
+
+    def candidates(self, now: float, *, may_be_stuck: bool) -> list[Candidate]:
         """Return what may be sent at some time, one a session."""
         return [
             found
             for session_id, session in self.sessions.items()
-            if session.choice is None and (found := self._candidate(session_id, session, now)) is not None
+            if session.choice is None
+            and (may_be_stuck or not session.is_stuck)
+            and (found := self._candidate(session_id, session, now)) is not None
         ]
 
     def _candidate(self, session_id: int, session: FakeSession, now: float) -> Candidate | None:
         if session.batch_id is not None:
-            return Candidate(session_id, {None: "retry"}, 0, session.retry_at, session.retry_at)
+            due_at = max(session.retry_at, self.stuck_not_before) if session.is_stuck else session.retry_at
+            reason, rank = ("stuck", 3) if session.is_stuck else ("retry", 0)
+            return Candidate(session_id, {None: reason}, rank, due_at, session.retry_at)
         mine = {number: window for number, window in self.windows.items() if window.session_id == session_id}
         free = {number: window for number, window in mine.items() if not window.is_withheld}
         if not free:
@@ -170,11 +191,12 @@ class ScheduleMachine(RuleBasedStateMachine):
         """Time passes."""
         self.now += seconds
 
-    @rule()
-    def choose(self) -> None:
+    @rule(may_be_stuck=st.booleans())
+    def choose(self, may_be_stuck: bool) -> None:
         """Something is chosen just when something is due, and nothing of a better rank, or older, is passed over."""
-        due = [found for found in self.model.candidates(self.now) if found.due_at <= self.now]
-        choice = self.schedule.choose(self.now)
+        candidates = self.model.candidates(self.now, may_be_stuck=may_be_stuck)
+        due = [found for found in candidates if found.due_at <= self.now]
+        choice = self.schedule.choose(self.now, may_be_stuck=may_be_stuck)
         if not due:
             assert choice is None
             return
@@ -182,7 +204,10 @@ class ScheduleMachine(RuleBasedStateMachine):
         session = self.model.sessions[choice.session_id]
         assert session.choice is None
         (chosen,) = (found for found in due if found.session_id == choice.session_id)
-        assert chosen.rank == min(found.rank for found in due)
+        assert chosen.rank in self.model.may_be(due)
+        self.model.take_turns(self.model.may_be(due), chosen.rank)
+        if chosen.rank == 3:
+            self.model.stuck_not_before = self.now + STUCK_SECONDS
         if chosen.rank != 1:
             assert chosen.age == min(found.age for found in due if found.rank == chosen.rank)
         assert choice.reason == chosen.reasons[choice.window_id]
@@ -206,7 +231,7 @@ class ScheduleMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_flight())
     @rule(
         data=st.data(),
-        ending=st.sampled_from(["delivered", "delivered", "retry", "untouched", "withheld"]),
+        ending=st.sampled_from(["delivered", "delivered", "retry", "stuck", "untouched", "withheld"]),
         share=st.sampled_from([1.0, 0.5]),
         delay=st.integers(0, 9),
     )
@@ -224,14 +249,18 @@ class ScheduleMachine(RuleBasedStateMachine):
             return
         if window_id is not None and ending != "untouched":
             self._seal(window_id, share)
-        if ending == "retry":
+        if ending in {"retry", "stuck"}:
             self.batches += 1
             session.batch_id = session.batch_id or self.batches
             session.retry_at = self.now + delay
-            self.schedule.retry_at(session_id, session.batch_id, session.retry_at)
+            session.is_stuck = ending == "stuck"
+            self.schedule.retry_at(session_id, session.batch_id, session.retry_at, is_stuck=session.is_stuck)
             return
         self.schedule.release(session_id)
         session.batch_id = None
+        if session.is_stuck:
+            session.is_stuck = False
+            self.model.stuck_not_before = -inf
         self._let_go(session_id)
         if not any(window.session_id == session_id for window in self.model.windows.values()):
             del self.model.sessions[session_id]
@@ -263,8 +292,10 @@ class ScheduleMachine(RuleBasedStateMachine):
     @invariant()
     def wakes_up_in_time(self) -> None:
         """The next moment to look is the moment when the next thing is due: neither later nor for nothing."""
-        due_at = min((found.due_at for found in self.model.candidates(self.now)), default=inf)
-        assert self.schedule.ready_at(self.now) == max(due_at, self.now)
+        for may_be_stuck in (False, True):
+            candidates = self.model.candidates(self.now, may_be_stuck=may_be_stuck)
+            due_at = min((found.due_at for found in candidates), default=inf)
+            assert self.schedule.ready_at(self.now, may_be_stuck=may_be_stuck) == max(due_at, self.now)
 
     @invariant()
     def knows_what_is_pending(self) -> None:
@@ -312,7 +343,7 @@ TestSchedule.settings = settings(max_examples=150, stateful_step_count=60, deadl
 def count_entries(schedule: Schedule) -> int:
     """Return how many entries the lane's queues hold, stale ones included."""
     queues: tuple[Sized, ...] = (
-        *(schedule._waiting, schedule._retries, schedule._open),
+        *(schedule._waiting, schedule._retries, schedule._stuck, schedule._open),
         *(schedule._live, schedule._backlog),
     )
     return sum(len(queue) for queue in queues)
