@@ -195,7 +195,7 @@ class Forwarder:
 
     async def _restore(self) -> None:
         """Take up what an earlier run left, as far as the disk has it still."""
-        for read in (self._restore_attempts, self._restore_batches, self._read_pending):
+        for read in (self._restore_attempts, self._restore_pauses, self._restore_batches, self._read_pending):
             try:
                 await read()
             except SpoolDamaged as error:
@@ -204,6 +204,10 @@ class Forwarder:
     async def _restore_attempts(self) -> None:
         for attempt in await self._spool.recent_attempts():
             (await self._lane(attempt.key_id)).restore_attempt(attempt.at)
+
+    async def _restore_pauses(self) -> None:
+        for paused in await self._spool.paused_keys():
+            (await self._lane(paused.key_id)).restore_pause(paused.until)
 
     async def _restore_batches(self) -> None:
         for batch in await self._spool.sealed_batches():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Literal, TypeAlias, TypeVar
@@ -184,6 +185,11 @@ class Lane:
         """Count a send of an earlier run, by the wall clock of its beginning."""
         ended_at = self._clocks.from_wall(at) + _IN_TRANSIT_SECONDS
         self._budget.restore(min(ended_at, self._clocks.monotonic()))
+
+    def restore_pause(self, until: float) -> None:
+        """Leave upstream alone as long as it asked an earlier run for, by the wall clock."""
+        pause = min(until - self._clocks.wall(), self._settings.retry_after_max_seconds)
+        self._not_before = self._clocks.monotonic() + pause
 
     @property
     def pending_windows(self) -> int:
@@ -399,6 +405,10 @@ class Lane:
             self._go_on(batch.session_id, batch.batch_id)
         else:
             self._retry(batch, answer, was_held=was_held)
+            if answer.verdict is Verdict.LIMITED:
+                until = self._clocks.wall() + self._not_before - self._clocks.monotonic()
+                with suppress(SpoolUnavailable):  # then a restart may ask too soon
+                    await self._spool.pause_key(self.key_id, until)
 
     def _learn(self, verdict: Verdict, began_at: float) -> None:
         """Let the budget know what an answer says of the key's limit; that upstream is in trouble says nothing."""

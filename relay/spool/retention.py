@@ -10,7 +10,7 @@ from typing import Any
 
 import apsw
 
-from relay.spool.values import Recent
+from relay.spool.values import Paused, Recent
 
 _PRUNE_STEP = 500
 """Marks looked at by one call of `prune`."""
@@ -39,6 +39,15 @@ class Retention:
         self._db.execute("DELETE FROM attempt WHERE at <= ?", (since,))
         rows: Any = self._db.execute("SELECT key_id, at FROM attempt ORDER BY at")
         return [Recent(*row) for row in rows]
+
+    def pause_key(self, key_id: int, until: float) -> None:
+        """Remember that upstream wants nothing of a key before `until`."""
+        self._db.execute("UPDATE key SET paused_until = ? WHERE id = ?", (until, key_id))
+
+    def paused_keys(self, now: float) -> list[Paused]:
+        """Return the keys of which upstream wants nothing yet."""
+        rows: Any = self._db.execute("SELECT id, paused_until FROM key WHERE paused_until > ?", (now,))
+        return [Paused(*row) for row in rows]
 
     def prune(self, before: float, max_marks: int, attempts_before: float) -> int:
         """Forget a step's worth of old marks and attempts, and sessions of which nothing is left.

@@ -17,7 +17,8 @@ Rules:
    only these have an entry in the second index.
 5. Row ids that live in memory too (key, session, window, batch), or that an operator has seen (dead letter), are never
    used twice.
-6. `attempt` remembers the sends of the last minute, so that a restart spends no budget twice.
+6. `attempt` remembers the sends of the last minute, so that a restart spends no budget twice; `key.paused_until` what
+   upstream said in `Retry-After`, so that a restart does not ask sooner.
 7. `session.refusals` counts the batches of the session that upstream called invalid since it last took one.
 8. A dead letter's row is its segment's, moved; its body and envelope stay where they are.
 9. `segment.crc` is of the events, for the upstream body; `body.crc` is of the bytes as they lie on the disk, and held
@@ -38,7 +39,7 @@ import apsw
 
 from relay.errors import SpoolLocked, SpoolSchemaMismatch, SpoolUnavailable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Kept in `user_version`. A change of any table below is a new version."""
 
 APPLICATION_ID = 0x4C52_6C79
@@ -59,7 +60,7 @@ _WAL_LIMIT_BYTES = 67_108_864
 """To this size the log is cut back after a checkpoint, once a burst has made it longer."""
 
 _TABLES = """
-CREATE TABLE key (id INTEGER PRIMARY KEY AUTOINCREMENT, secret TEXT NOT NULL UNIQUE);
+CREATE TABLE key (id INTEGER PRIMARY KEY AUTOINCREMENT, secret TEXT NOT NULL UNIQUE, paused_until REAL NOT NULL);
 CREATE TABLE session (
     id INTEGER PRIMARY KEY AUTOINCREMENT, key_id INTEGER NOT NULL, name TEXT NOT NULL, refusals INTEGER NOT NULL,
     UNIQUE (key_id, name));

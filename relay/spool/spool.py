@@ -48,6 +48,7 @@ from relay.spool.values import (
     Load,
     Moved,
     NewBatch,
+    Paused,
     PendingWindow,
     Quarantined,
     Recent,
@@ -286,6 +287,14 @@ class Spool:
     async def recent_attempts(self) -> list[Recent]:
         """Return the sends that still count against a budget."""
         return await self._step(lambda: self._store.retention.recent_attempts(self._now() - _ATTEMPT_SECONDS))
+
+    async def pause_key(self, key_id: int, until: float) -> None:
+        """Remember, for a restart, that upstream wants nothing of a key before `until` (wall clock)."""
+        await self._step(lambda: self._store.retention.pause_key(key_id, until))
+
+    async def paused_keys(self) -> list[Paused]:
+        """Return the keys of which upstream wants nothing yet."""
+        return await self._step(lambda: self._store.retention.paused_keys(self._now()))
 
     # -- the account
 

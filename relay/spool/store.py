@@ -141,7 +141,7 @@ class Store(Transactions):
         if key_id is None:
             if self._one("SELECT count(*) FROM key") >= self._max_keys:
                 return None
-            key_id = self._insert("INSERT INTO key VALUES (NULL, ?)", key)
+            key_id = self._insert("INSERT INTO key VALUES (NULL, ?, 0)", key)
         session_id = self._one("SELECT id FROM session WHERE key_id = ? AND name = ?", (key_id, batch.session_id))
         if session_id is None:
             session_id = self._insert("INSERT INTO session VALUES (NULL, ?, ?, 0)", key_id, batch.session_id)

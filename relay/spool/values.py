@@ -243,6 +243,14 @@ class Recent(msgspec.Struct, frozen=True, gc=False):
     """Wall clock when it began."""
 
 
+class Paused(msgspec.Struct, frozen=True, gc=False):
+    """A key of which upstream has asked not to hear for a while."""
+
+    key_id: int
+    until: float
+    """Wall clock."""
+
+
 class Account(msgspec.Struct, frozen=True):
     """The conservation account, in events, of one instant: accepted is the sum of all others."""
 

@@ -13,6 +13,7 @@ from trio.testing import MockClock
 from relay.http.client import Reply
 from relay.spool.spool import Spool
 from tests.accounting import assert_accounted
+from tests.component import spooling
 from tests.component.batches import make_event
 from tests.component.fake_upstream import OK, Arrival, FakeUpstream, Forwarding, forwarding, make_config, say_yes
 
@@ -109,6 +110,52 @@ async def test_budget_of_the_last_minute_survives_a_restart(tmp_path: Path, auto
         await it.drained()
         assert_accounted(await it.spool.account(), accepted=48, delivered=48)
     assert upstream.peak_requests("luc_pk_test") == 10
+
+
+async def test_retry_after_survives_a_restart(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """However often the relay is started again, upstream hears nothing of the key before it wants to, and then it does.
+
+    Another key is not held up by that.
+    """
+
+    async def limit(arrival: Arrival) -> Reply:
+        if arrival.key == "luc_pk_test" and trio.current_time() < began_at + 300:
+            return Reply(429, {b"retry-after": b"300"}, b"")
+        return OK
+
+    upstream = FakeUpstream(limit)
+    began_at = trio.current_time()
+    for run in range(6):
+        async with forwarding(tmp_path, upstream) as it:
+            await it.accept(f"s{run}", flush="final")
+            await it.accept(f"s{run}", flush="final", key="luc_pk_other")
+            await trio.sleep(30)
+            assert {lane.state for lane in it.forwarder.statistics().lanes} == {"limited", "open"}
+    async with forwarding(tmp_path, upstream) as it:
+        await it.drained()
+        assert_accounted(await it.spool.account(), accepted=12, delivered=12)
+    times = [arrival.at - began_at for arrival in upstream.arrivals if arrival.key == "luc_pk_test"]
+    assert times[0] < 1
+    assert 300 <= min(times[1:]) < 302
+
+
+@pytest.mark.parametrize("leap", [-100_000.0, 100_000.0])
+async def test_a_pause_is_no_longer_than_an_operator_allows(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, leap: float
+) -> None:
+    """A wall clock that is set while the relay is down neither holds a key for ever nor breaks anything."""
+
+    async def limit(_: Arrival) -> Reply:
+        return Reply(429, {b"retry-after": b"60"}, b"")
+
+    upstream = FakeUpstream(limit)
+    async with forwarding(tmp_path, upstream) as it:
+        await it.accept("s", flush="final")
+        await trio.sleep(10)
+    upstream.answer = say_yes
+    monkeypatch.setattr(spooling, "EPOCH", spooling.EPOCH + leap)
+    async with forwarding(tmp_path, upstream) as it:
+        assert await it.drained(100_000) <= make_config().forward.retry_after_max_seconds + 1
 
 
 async def test_stopping_finishes_what_is_in_flight_and_nothing_else(tmp_path: Path, autojump_clock: MockClock) -> None:
