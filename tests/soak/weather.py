@@ -71,6 +71,12 @@ async def elsewhere(site: Site, chance: random.Random) -> None:
     await _upstream(site, chance.uniform(1, 3), outages=[[0, 1_000_000_000]], outage_status=404)
 
 
+async def stumbles(site: Site, chance: random.Random) -> None:
+    """Upstream stumbles over whatever two sessions send, and takes the others'."""
+    sessions = sorted({session for session, _ in site.sent.windows})
+    await _upstream(site, chance.uniform(3, 10), fail_sessions=chance.sample(sessions, min(2, len(sessions))))
+
+
 async def _upstream(site: Site, seconds: float, **faults: object) -> None:
     await site.sandbox.fault(**faults)
     try:
@@ -213,7 +219,7 @@ async def small_disk(directory: Path) -> AsyncIterator[bool]:
                 await trio.run_process(["umount", str(directory)])
 
 
-OF_UPSTREAM: Sequence[Strike] = (outage, errors, lost_answers, slow_upstream, elsewhere)
+OF_UPSTREAM: Sequence[Strike] = (outage, errors, lost_answers, slow_upstream, elsewhere, stumbles)
 OF_CLIENTS: Sequence[Strike] = (idlers, aborted_uploads, bombs, nonsense, deaf_readers)
 OF_PROCESS: Sequence[Strike] = (kill, restart)
 OF_DISK: Sequence[Strike] = (full_disk,)
