@@ -151,8 +151,9 @@ class Forward(Section, frozen=True):
             ge=1,
             le=10_000,
             description=(
-                "Requests under way at once over all keys, each with a body of at most `batch.max_bytes`. Bounds "
-                "memory and connections; without a budget upstream's latency bounds them further."
+                "Requests under way at once over all keys, each with a body of at most `batch.max_bytes`; for batches "
+                "that are stuck there is an eighth more. Bounds memory and connections; without a budget upstream's "
+                "latency bounds them further."
             ),
         ),
     ] = 64

@@ -15,9 +15,8 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from math import inf
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeVar
 
-import msgspec
 import structlog
 import trio
 
@@ -27,12 +26,13 @@ from relay.forward.clocks import Clocks
 from relay.forward.counts import ForwardCounts
 from relay.forward.exchange import Answer, Client, exchange
 from relay.forward.slots import Slots
+from relay.forward.statistics import LaneState, LaneStatus
 from relay.protocol.backoff import Backoff
 from relay.protocol.breaker import Breaker
 from relay.protocol.failures import Failures
 from relay.protocol.fingerprint import fingerprint
 from relay.protocol.limit import make_budget
-from relay.protocol.schedule import Choice, Schedule
+from relay.protocol.schedule import STUCK_SECONDS, Choice, Schedule
 from relay.protocol.verdict import Verdict
 from relay.spool.spool import Spool
 from relay.spool.values import Load, PendingWindow, Quarantined, Recut, SealedBatch
@@ -62,31 +62,6 @@ _SIGNS_OF_LOAD = {Verdict.DELIVERED: True, Verdict.RETRY: False, Verdict.OUTAGE:
 """Verdicts by whether upstream coped; a batch, key or rate that is refused says nothing of that."""
 
 log = structlog.get_logger()
-
-
-LaneState: TypeAlias = Literal["open", "probing", "held", "limited", "misdirected"]
-
-
-class LaneStatus(msgspec.Struct, frozen=True):
-    """A lane for `/status`."""
-
-    key: str
-    """Fingerprint of the upstream key."""
-    state: LaneState
-    """`open`: sends freely. `probing`: after failures, one at a time. `held`: upstream refuses the key. `limited`:
-    upstream asked us to wait. `misdirected`: something that is not the ingest API answers."""
-    pending_windows: int
-    """Windows with events that are in no sealed batch."""
-    in_flight: int
-    """Requests under way."""
-    budget_used: int
-    """Slots of the window that are occupied."""
-    budget_limit: int
-    """Slots of a window; 0 is unlimited."""
-    failures: int
-    """Attempts in a row without a usable answer."""
-    stuck: int
-    """Batches that upstream fails again and again while it takes others."""
 
 
 class Lane:
@@ -251,24 +226,28 @@ class Lane:
                     is_scarce=self._budget.is_scarce(now),
                     may_be_stuck=not self._stuck_in_flight,
                 )
-            if choice is None:
+            if choice is None or not self._begin(choice, now):
                 self._slots.release()
                 continue
-            self._begin(choice, now)
+            self._budget.begin(now)
             deliveries.start_soon(self._deliver, choice)
 
-    def _begin(self, choice: Choice, now: float) -> None:
-        self._budget.begin(now)
-        if choice.reason == "stuck":
-            self._stuck_in_flight = 1
-            self._slots.release()  # it may hang: others must not wait for it
-        else:
+    def _begin(self, choice: Choice, now: float) -> bool:
+        if choice.reason != "stuck":
             self._in_flight += 1
             self._breaker.begin()
+        elif self._slots.exchange_for_extra():
+            self._stuck_in_flight = 1
+        else:
+            assert choice.batch_id is not None  # noqa: S101 - what is stuck was sealed
+            self._schedule.retry_at(choice.session_id, choice.batch_id, now + STUCK_SECONDS, is_stuck=True)
+            return False
+        return True
 
     def _end(self, choice: Choice) -> None:
         if choice.reason == "stuck":
             self._stuck_in_flight = 0
+            self._slots.release_extra()
         else:
             self._in_flight -= 1
             self._breaker.end()

@@ -4,6 +4,8 @@ Without an adaptive limit there are as many as memory allows. With one there are
 changes; then nobody who has a slot loses it, and whoever asks for one waits until there are fewer than that.
 
 Slots are given in the order in which they were asked for, so that lanes get them in turn.
+
+For what may hang, since it did so before, there are some more (`EXTRA_SHARE`): others must not wait for it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ from __future__ import annotations
 import trio
 
 from relay.protocol.concurrency import ConcurrencyLimit
+
+EXTRA_SHARE = 0.125
+"""Of all slots, at least one: how many extra ones there are."""
 
 
 class Slots:
@@ -25,6 +30,7 @@ class Slots:
         self._max = max_slots
         self._adaptive = ConcurrencyLimit(max_slots) if is_adaptive else None
         self._taken = 0
+        self._extra = max(1, int(max_slots * EXTRA_SHARE))
         self._waiting = trio.lowlevel.ParkingLot()
 
     @property
@@ -48,6 +54,18 @@ class Slots:
         """Give a slot back."""
         self._taken -= 1
         self._give()
+
+    def exchange_for_extra(self) -> bool:
+        """Give a slot back and take an extra one; False where there is none, and nothing is changed."""
+        if not self._extra:
+            return False
+        self._extra -= 1
+        self.release()
+        return True
+
+    def release_extra(self) -> None:
+        """Give an extra slot back."""
+        self._extra += 1
 
     def begin(self) -> int:
         """Note that a request begins; returns what `end` wants to know."""

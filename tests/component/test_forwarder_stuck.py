@@ -115,6 +115,34 @@ async def test_it_takes_little_of_the_budget(tmp_path: Path, autojump_clock: Moc
         it.assert_each_once()
 
 
+async def test_they_are_bounded_over_all_keys(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Of a hundred keys each has a batch that hangs: what is under way at once stays within its bound, others go."""
+    config = make_config(requests_per_minute=0, max_in_flight=16)
+    async with forwarding(tmp_path, FakeUpstream(stumble(times_out=True)), config) as it:
+        for key in range(100):
+            await it.accept("bad", flush="final", key=f"luc_pk_{key}")
+        good = 0
+        while stuck(it) < 100:
+            for key in range(100):
+                await it.accept(f"good{good}", flush="final", key=f"luc_pk_{key}")
+            good += 1
+            await trio.sleep(120)
+        it.upstream.peak_in_flight = 0
+        for number in range(30):
+            await it.accept(f"late{number}", flush="final", key=f"luc_pk_{number}")
+            await trio.sleep(20)
+            assert it.upstream.events(f"late{number}")
+            assert it.forwarder.statistics().in_flight <= 2
+        assert it.upstream.peak_in_flight <= 3
+        tried = {arrival.key for arrival in it.upstream.arrivals if arrival.batch.session == "bad"}
+        it.upstream.arrivals.clear()
+        await trio.sleep(10_000)
+        assert {arrival.key for arrival in it.upstream.arrivals} == tried
+        it.upstream.answer = say_yes
+        await it.drained(36_000)
+        it.assert_each_once()
+
+
 async def test_a_mended_upstream_has_them_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
     """They stand back only as long as they fail: once one is taken, the rest follows without a pause."""
     async with forwarding(tmp_path, FakeUpstream(stumble()), make_config(requests_per_minute=0)) as it:
