@@ -17,6 +17,7 @@ from relay.cli import main
 from relay.config import Config
 from relay.errors import SpoolLocked
 from relay.exit_codes import ExitCode
+from tests.loopback import refusing_address
 
 
 @pytest.fixture(autouse=True)
@@ -228,9 +229,8 @@ def test_status_of_something_else_is_1(reply: tuple[int, bytes], capsys: pytest.
 
 def test_status_without_a_relay_is_1(capsys: pytest.CaptureFixture[str]) -> None:
     """Nobody there, or nobody who could be found, is 1 with the reason."""
-    with admin({}) as address:
-        pass
-    assert main(["status", "--set", f"listen.admin={address}"]) == 1
+    with refusing_address() as address:
+        assert main(["status", "--set", f"listen.admin={address}"]) == 1
     said = capsys.readouterr().err
     assert f"no relay answers at http://{address}: Connection refused (" in said
     assert "--config" in said

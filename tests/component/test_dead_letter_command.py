@@ -17,6 +17,7 @@ from relay.protocol.fingerprint import fingerprint
 from relay.spool import schema
 from relay.spool.store import Store
 from tests.component.batches import KEY, LIMITS, make_batch, make_body, make_event
+from tests.loopback import refusing_address
 
 Command = Callable[..., tuple[int, str, str]]
 """Runs an action; returns exit status, standard output and standard error."""
@@ -135,7 +136,8 @@ def test_locked_directory_leads_to_its_relay(command: Command, directory: Path) 
     """Where the directory is in use, and nobody answers, nothing is changed and both are said."""
     lock = schema.lock_directory(directory)
     try:
-        status, _, problem = command("purge", "--all", "--set", "listen.admin=127.0.0.1:1")
+        with refusing_address() as nobody:
+            status, _, problem = command("purge", "--all", "--set", f"listen.admin={nobody}")
         assert status == 1
         assert problem.startswith("a relay has the spool open, but does not answer: no relay answers at ")
         assert len(command("list")[1].splitlines()) == 5, "reading goes on beside it"
