@@ -13,13 +13,14 @@ import msgspec
 import orjson
 import pytest
 import trio
-import trio.testing
 
 from relay.app import Relay, serve
 from relay.config import Batch as BatchSettings
 from relay.config import Budget, Config, Listen, Shutdown, Upstream
+from relay.config import DataApi as DataApiSettings
 from relay.config import Spool as SpoolSettings
 from relay.http.client import HttpClient, Reply
+from relay.http.message import Request, Response
 from relay.sandbox.faults import fault_settings
 from relay.sandbox.server import serve_sandbox
 from relay.sandbox.service import Sandbox, SandboxSettings
@@ -28,6 +29,7 @@ from relay.telemetry import METRICS, PREFIX
 from tests.accounting import assert_accounted
 from tests.component.batches import KEY, make_body, make_event
 from tests.component.spooling import run_inline
+from tests.loopback import refusing_address
 
 NOT_METRICS = {
     "account": {"spooled", "shed", "is_balanced"},  # sums of others
@@ -37,11 +39,31 @@ NOT_METRICS = {
 }
 """Fields of the statistics that are in `/status` only, with the reason."""
 
+HANG_SECONDS = 60.0
+"""For what takes milliseconds; only a hang exceeds it, on however busy a machine."""
+
+PATIENT = 600.0
+"""Seconds of the relay's patience with clients and origins that a test keeps silent; longer than any test takes."""
+
+
+class GatedSandbox(Sandbox):
+    """A sandbox that takes batches only while its gate is open: a delivery is under way for as long as a test wants."""
+
+    def __init__(self, settings: SandboxSettings) -> None:
+        super().__init__(settings, now=trio.current_time, random=random.Random(1))
+        self.gate = trio.Event()
+        self.gate.set()
+
+    async def replay(self, request: Request) -> Response:
+        """Answer once the gate is open."""
+        await self.gate.wait()
+        return await super().replay(request)
+
 
 class Running:
     """A relay that serves, and the ways to it."""
 
-    def __init__(self, relay: Relay, sandbox: Sandbox, shutdown: trio.Event) -> None:
+    def __init__(self, relay: Relay, sandbox: GatedSandbox, shutdown: trio.Event) -> None:
         self.relay = relay
         self.sandbox = sandbox
         self.shutdown = shutdown
@@ -64,14 +86,14 @@ class Running:
 
     async def wait_status(self, holds: Callable[[Any], object]) -> Any:
         """Return the first `/status` of which something holds."""
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_SECONDS):
             while not holds(status := await self.status()):  # noqa: ASYNC110 - it is told by nobody
                 await trio.sleep(0.01)
         return status
 
     async def wait_delivered(self, events: int) -> None:
         """Return once upstream has so many events."""
-        with trio.fail_after(10):
+        with trio.fail_after(HANG_SECONDS):
             while self.sandbox.report()["events"] < events:  # noqa: ASYNC110 - it is told by nobody
                 await trio.sleep(0.01)
 
@@ -104,12 +126,18 @@ async def running(
 ) -> AsyncIterator[Running]:
     """Run sandbox and relay; on exit the relay is stopped, unless the test did."""
     settings = SandboxSettings(requests_per_minute=0, faults=fault_settings(faults or {}))
-    sandbox = Sandbox(settings, now=trio.current_time, random=random.Random(1))
+    sandbox = GatedSandbox(settings)
     async with trio.open_nursery() as nursery:
         ingest_url = await nursery.start(serve_sandbox, sandbox, "127.0.0.1:0")
         config = Config(
-            listen=Listen(relay="127.0.0.1:0", admin="127.0.0.1:0"),
-            upstream=Upstream(ingest_url=ingest_url, data_url=data_url or ingest_url),
+            listen=Listen(relay="127.0.0.1:0", admin="127.0.0.1:0", body_grace_seconds=PATIENT),
+            upstream=Upstream(
+                ingest_url=ingest_url,
+                data_url=data_url or ingest_url,
+                first_byte_seconds=PATIENT,
+                response_seconds=PATIENT,
+            ),
+            data_api=DataApiSettings(first_byte_seconds=PATIENT),
             batch=BatchSettings(linger_seconds=linger_seconds),
             budget=Budget(requests_per_minute=0),
             spool=SpoolSettings(directory=str(directory), durability="os", max_bytes=max_bytes),
@@ -157,7 +185,7 @@ async def test_every_metric_is_exposed(tmp_path: Path) -> None:
     async with running(tmp_path) as it:
         await it.post(make_body(flush="final"))
         await it.post(b"{}")
-        await it.wait_delivered(1)
+        await it.wait_status(lambda status: status["forward"]["batches_delivered"])
         bearer = ((b"authorization", b"Bearer luc_api_test"),)
         await _ask(it.url, "GET", "/api/v1/issues", bearer)
         reply = await it.get("/metrics")
@@ -239,10 +267,12 @@ async def test_a_stalled_data_api_is_nothing_to_ingest(tmp_path: Path) -> None:
         for sequence in range(20):
             assert await it.post(make_body(sequence=sequence)) == 200
         await it.wait_delivered(20)
-        status = await it.wait_status(lambda status: status["account"]["delivered"] == 20)
+        # The account has the last delivery from its commit on, the lane only once it has heard of that.
+        status = await it.wait_status(
+            lambda status: status["account"]["delivered"] == 20 and not status["forward"]["in_flight"]
+        )
         assert_accounted(status["account"], accepted=20, delivered=20)
         assert status["data_api"]["in_flight"] == 100
-        assert status["forward"]["in_flight"] == 0
         nursery.cancel_scope.cancel()
 
 
@@ -269,17 +299,18 @@ async def test_an_ingest_in_trouble_is_nothing_to_the_data_api(tmp_path: Path) -
 
 async def test_data_api_is_reached(tmp_path: Path) -> None:
     """The relay listener serves the data API, and says so in `/status`; where nobody is, it is 502."""
-    async with running(tmp_path, data_url="http://127.0.0.1:9") as it:
-        reply = await _ask(it.url, "GET", "/api/v1/issues")
-        assert (reply.status, orjson.loads(reply.body)) == (502, {"error": "Lucent cannot be reached"})
-        assert (await _ask(it.url, "GET", "/api/v1/nothing")).status == 404
-        status = await it.status()
-        assert status["data_api"]["answers_by_class"]["5xx"] == 1
-        assert status["warnings"] == []
-        for _ in range(4):
-            await _ask(it.url, "GET", "/api/v1/issues")
-        assert (await it.status())["warnings"] == ["the data API does not answer: 5 failures in a row"]
-        assert_accounted(status["account"], accepted=0)
+    with refusing_address() as nobody:
+        async with running(tmp_path, data_url=f"http://{nobody}") as it:
+            reply = await _ask(it.url, "GET", "/api/v1/issues")
+            assert (reply.status, orjson.loads(reply.body)) == (502, {"error": "Lucent cannot be reached"})
+            assert (await _ask(it.url, "GET", "/api/v1/nothing")).status == 404
+            status = await it.status()
+            assert status["data_api"]["answers_by_class"]["5xx"] == 1
+            assert status["warnings"] == []
+            for _ in range(4):
+                await _ask(it.url, "GET", "/api/v1/issues")
+            assert (await it.status())["warnings"] == ["the data API does not answer: 5 failures in a row"]
+            assert_accounted(status["account"], accepted=0)
 
 
 # -- its end
@@ -287,21 +318,22 @@ async def test_data_api_is_reached(tmp_path: Path) -> None:
 
 async def test_end_finishes_requests_and_deliveries_in_hand(tmp_path: Path) -> None:
     """At the end a request on its way is answered, a delivery in flight is recorded, and the backlog stays."""
-    async with running(tmp_path, faults={"latency_seconds": 0.3}, linger_seconds=60) as it:
+    async with running(tmp_path, linger_seconds=600, deadline_seconds=HANG_SECONDS) as it:
+        it.sandbox.gate = trio.Event()
         assert await it.post(make_body("in-flight", flush="final")) == 200  # due at once; the other lingers
         await it.wait_status(lambda status: status["forward"]["in_flight"])
         body = make_body("in-hand")
         stream = await trio.open_tcp_stream("127.0.0.1", int(it.url.rpartition(":")[2]))
         head = f"POST /api/sdk/replay?api_key={KEY} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         await stream.send_all(head.encode() + body[:10])
-        await trio.testing.wait_all_tasks_blocked(0.02)
+        await it.wait_status(lambda status: status["listener"]["buffered_bytes"])
         it.shutdown.set()
-        await trio.testing.wait_all_tasks_blocked(0.02)
         ready = await it.get("/readyz")
         assert (ready.status, orjson.loads(ready.body)["reasons"]) == (503, ["the relay is stopping"])
         await stream.send_all(body[10:])
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
         await stream.aclose()
+        it.sandbox.gate.set()
         await it.ended.wait()
         assert it.sandbox.report()["events"] == 1
     async with running(tmp_path) as it:
@@ -312,7 +344,8 @@ async def test_end_finishes_requests_and_deliveries_in_hand(tmp_path: Path) -> N
 
 async def test_end_has_a_deadline(tmp_path: Path) -> None:
     """A client that never finishes its body and an upstream that never answers do not keep the relay."""
-    async with running(tmp_path, faults={"latency_seconds": 3_600}, deadline_seconds=0.5) as it:
+    async with running(tmp_path, deadline_seconds=0.5) as it:
+        it.sandbox.gate = trio.Event()
         assert await it.post(make_body(flush="final")) == 200
         stream = await trio.open_tcp_stream("127.0.0.1", int(it.url.rpartition(":")[2]))
         await stream.send_all(
@@ -320,7 +353,7 @@ async def test_end_has_a_deadline(tmp_path: Path) -> None:
         )
         await it.wait_status(lambda status: status["forward"]["in_flight"])
         it.shutdown.set()
-        with trio.fail_after(4):
+        with trio.fail_after(HANG_SECONDS):
             await it.ended.wait()
         await stream.aclose()
     async with running(tmp_path) as it:
