@@ -16,8 +16,10 @@ from relay.config import Listen
 from relay.errors import ConfigError
 from relay.http.listener import HttpListener, open_listeners
 from relay.http.message import Request, Response
+from relay.http.patience import LINGER_SECONDS
 from relay.http.router import Route, Router
 from tests.component.memory_listener import OK, MemoryListener, RawClient, Recorder, route_to, serving
+from tests.loopback import has_v6_loopback
 
 HOST = b"Host: relay.test\r\n"
 POST = b"POST /in HTTP/1.1\r\n" + HOST
@@ -180,13 +182,19 @@ async def test_a_large_body_and_its_answer_pass_through_sockets() -> None:
             listener.stop()
 
 
-async def test_a_client_that_reads_only_after_sending_everything_gets_its_refusal() -> None:
-    """The answer to an oversized body survives the megabytes that are still on their way."""
+async def test_a_client_that_reads_only_after_sending_everything_gets_its_refusal(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    """The answer to an oversized body survives the megabytes that are still on their way.
+
+    Time stands still meanwhile: how long they may be on their way is a matter of `LINGER_SECONDS`, and not of this.
+    """
     async with on_loopback() as (_, port), await connect(port) as client:
         await client.send(POST + b"Content-Length: 20000000\r\n\r\n")
         for _ in range(20):
             await client.send(b"x" * 1_000_000)
         assert (await client.read())[0] == 413
+        mock_clock.jump(2 * LINGER_SECONDS)
         assert await client.read_to_end() == b""
 
 
@@ -233,6 +241,6 @@ async def test_a_taken_address_is_named() -> None:
 
 async def test_names_and_v6_addresses_can_be_listened_on() -> None:
     """A name listens on each of its addresses; brackets mark a v6 address."""
-    for address in ["localhost:0", "[::1]:0"] if socket.has_ipv6 else ["localhost:0"]:
+    for address in ["localhost:0", *["[::1]:0"] * has_v6_loopback()]:
         for listener in await open_listeners(address):
             await listener.aclose()
