@@ -186,18 +186,19 @@ async def test_preflight_needs_no_key(site: Site) -> None:
 async def test_stalled_clients_disturb_nobody(site: Site) -> None:
     """Hundreds of idle connections and some that stall within head or body cost the others nothing, and are ended."""
     await site.start_sandbox()
-    relay = await site.start_relay({"listen": {"header_seconds": 2, "body_grace_seconds": 2, "idle_seconds": 60}})
+    relay = await site.start_relay({"listen": {"header_seconds": 2, "body_grace_seconds": 2, "idle_seconds": 3_600}})
     head = f"POST {TARGET} HTTP/1.1\r\nHost: relay\r\nX-Lucent-Api-Key: {KEY}\r\nContent-Length: 1000\r\n".encode()
     async with AsyncExitStack() as stack:
         for _ in range(IDLE_CONNECTIONS):
             await stack.enter_async_context(await connect(relay.url))
         stalled = [await stack.enter_async_context(await connect(relay.url)) for _ in range(20)]
-        for number, connection in enumerate(stalled):
-            await connection.stream.send_all(head + (b"\r\n{" if number % 2 else b""))
+        # Before any of them stalls, since those that do are ended soon.
         await relay.until(
             "all to be connected",
-            lambda status: status["listener"]["open_connections"] >= IDLE_CONNECTIONS + len(stalled),
+            lambda status: status["listener"]["open_connections"] == IDLE_CONNECTIONS + len(stalled),
         )
+        for number, connection in enumerate(stalled):
+            await connection.stream.send_all(head + (b"\r\n{" if number % 2 else b""))
         await site.post(*(make_batch(f"s{number}", 0, 100) for number in range(20)))
         for connection in stalled:
             with trio.fail_after(30):
