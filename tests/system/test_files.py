@@ -70,8 +70,9 @@ async def test_no_file_left_is_survived(site: Site) -> None:
         resource.prlimit(relay.pid, resource.RLIMIT_NOFILE, (open_files, hard))
         async with AsyncExitStack() as stack:
             await connect_all(stack, relay, 50)  # as far as the kernel is concerned
-            failing = await relay.until("a failure", lambda status: status["listener"]["accept_errors_total"])
-            began = trio.current_time()
+            await relay.until("a failure", lambda status: status["listener"]["accept_errors_total"])
+            began = trio.current_time()  # before the first count, as the end is behind the last
+            failing = await relay.status()
             await early.post(make_batch("s1", 1))
             await relay.logged("accept failed")
             later = await relay.until(
