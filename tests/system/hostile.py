@@ -38,6 +38,8 @@ class HostileProxy:
         self._target = (str(parts.hostname), int(parts.port or 0))
         self._dice = Random(seed)
         self._scopes: set[trio.CancelScope] = set()
+        self._gate = trio.Event()
+        self._gate.set()
         self.moods: Sequence[Mood] = ("pass",)
         self.seen: Counter[Mood] = Counter()
         """Connections by what became of them."""
@@ -48,6 +50,14 @@ class HostileProxy:
         self.moods = moods
         for scope in self._scopes:
             scope.cancel()
+
+    def hold(self) -> None:
+        """Pass on no request of connections that are made from now on, until `let_go`."""
+        self._gate = trio.Event()
+
+    def let_go(self) -> None:
+        """Pass on what was held, and everything from now on."""
+        self._gate.set()
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Serve until cancelled."""
@@ -87,9 +97,14 @@ class HostileProxy:
                 await near.send_all(b"1000\r\n%b\r\n" % bytes(0x1000))
         else:
             async with await trio.open_tcp_stream(*self._target) as far, trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, near, far)
+                nursery.start_soon(self._bring, near, far)
                 await self._bring_back(mood, far, near)
                 nursery.cancel_scope.cancel()
+
+    async def _bring(self, near: trio.SocketStream, far: trio.SocketStream) -> None:
+        """Bring requests."""
+        await self._gate.wait()
+        await self._pump(near, far)
 
     async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
         with suppress(OSError, trio.BrokenResourceError):
