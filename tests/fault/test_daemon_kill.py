@@ -100,12 +100,12 @@ async def test_kill_after_yes(site: Site, durability: str) -> None:
 
 async def test_kill_while_starting(site: Site) -> None:
     """A start that is killed at any point of it harms neither the backlog nor the next start."""
-    await site.start_sandbox()
-    await site.sandbox.go_down()
+    await site.start_sandbox("--latency", "3600")  # an upstream that fails would be probed, and not with all of them
     await site.start_relay({"budget": PLENTY})
     await site.post(*(make_batch(f"s{number}", 0, 600) for number in range(CLIENTS)))
     await site.relay.until("all to be tried", lambda status: status["account"]["sealed"] == CLIENTS * 500)
     site.relay.kill()
+    await site.sandbox.go_down()
     for event in ("starting", "relay listening", "admin listening", "attempt failed"):
         relay = site.spawn_relay()
         await relay.logged(event)
@@ -117,7 +117,7 @@ async def test_kill_while_starting(site: Site) -> None:
 
 async def test_kill_while_stopping(site: Site) -> None:
     """Killed between SIGTERM and exit, with batches at upstream and a request in hand, the relay sends on later."""
-    await site.start_sandbox("--latency", "3")
+    await site.start_sandbox("--latency", "3600")
     await site.start_relay({"budget": PLENTY})
     await site.post(*(make_batch(f"s{number}", 0) for number in range(CLIENTS)))
     await site.relay.until("all to be in flight", lambda status: status["forward"]["in_flight"] == CLIENTS)
