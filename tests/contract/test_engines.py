@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 from structlog.testing import capture_logs
 
 from relay.config import Listen
@@ -156,7 +157,7 @@ async def test_both_engines_give_the_same_answer(data: bytes) -> None:
         async with both_engines() as clients:
             for client in clients:
                 await client.send(data)
-                with trio.fail_after(5):
+                with trio.fail_after(30):
                     answers.append(await client.read(has_body=not data.startswith(b"HEAD")))
     assert comparable(answers[0]) == comparable(answers[1])
     assert answers[0][0] != 500 or b"/fail" in data
@@ -199,7 +200,7 @@ async def test_hypercorn_ends_when_it_is_told_to() -> None:
     async def serve(task_status: trio.TaskStatus[list[str]]) -> None:
         await serve_asgi(Router(ROUTES), "127.0.0.1:0", shutdown=shutdown, task_status=task_status)
 
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             (url,) = await nursery.start(serve)
             shutdown.set()
@@ -207,8 +208,11 @@ async def test_hypercorn_ends_when_it_is_told_to() -> None:
         await listener.aclose()
 
 
-async def test_hypercorn_connections_are_bounded() -> None:
-    """A connection beyond `MAX_CONNECTIONS` is closed, and costs the others nothing."""
+async def test_hypercorn_connections_are_bounded(mock_clock: trio.testing.MockClock) -> None:
+    """A connection beyond `MAX_CONNECTIONS` is closed, and costs the others nothing.
+
+    Time stands still, so that none of them has been idle for too long.
+    """
     async with trio.open_nursery() as nursery:
         port = await serve_hypercorn(nursery)
         async with AsyncExitStack() as open_ones:
