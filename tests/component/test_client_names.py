@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from relay.config import Upstream
 from relay.errors import ConnectFailed
 from relay.http.client import HttpClient
 from tests.component.fake_origin import OK
+from tests.loopback import refusing_address
 
 HOST = "ingest.example"
 
@@ -67,7 +69,7 @@ async def post(client: HttpClient) -> int:
 @pytest.mark.parametrize("number", [socket.EAI_AGAIN, socket.EAI_NONAME, socket.EAI_FAIL])
 async def test_a_name_that_does_not_resolve_is_looked_up_again(nursery: trio.Nursery, number: int) -> None:
     """Any failure of DNS is a failure to connect, which is safe to retry; the next attempt asks DNS anew."""
-    listeners = await nursery.start(trio.serve_tcp, answer, 0)
+    listeners = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
     port = listeners[0].socket.getsockname()[1]
     resolver = Resolver(unresolved(number), list, unresolved(number), addresses(port))
     trio.socket.set_custom_hostname_resolver(resolver)
@@ -83,11 +85,10 @@ async def test_a_name_that_does_not_resolve_is_looked_up_again(nursery: trio.Nur
 
 async def test_an_address_that_is_dead_is_passed_over(nursery: trio.Nursery) -> None:
     """Of several addresses one that answers is enough."""
-    listeners = await nursery.start(trio.serve_tcp, answer, 0)
+    listeners = await nursery.start(partial(trio.serve_tcp, answer, 0, host="127.0.0.1"))
     port = listeners[0].socket.getsockname()[1]
-    with socket.socket() as reserved:  # bound, not listening: connections are refused
-        reserved.bind(("127.0.0.1", 0))
-        trio.socket.set_custom_hostname_resolver(Resolver(addresses(reserved.getsockname()[1], port)))
+    with refusing_address() as nobody:
+        trio.socket.set_custom_hostname_resolver(Resolver(addresses(int(nobody.rpartition(":")[2]), port)))
         client = HttpClient(f"http://{HOST}:{port}", Upstream())
         assert await post(client) == 200
         await client.aclose()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 import trio
@@ -69,7 +70,7 @@ async def origin_before(site: Site, **options: object) -> AsyncIterator[tuple[Or
     """Start a sandbox, an origin, and a relay before both."""
     origin = Origin()
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(trio.serve_tcp, origin.talk, 0)
+        listeners = await nursery.start(partial(trio.serve_tcp, origin.talk, 0, host="127.0.0.1"))
         origin.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         await site.start_sandbox()
         relay = await site.start_relay({"upstream": {"data_url": origin.url}, "data_api": options})
@@ -101,7 +102,8 @@ async def test_a_large_answer_passes_in_little_memory(site: Site) -> None:
             while received < 10_000_000:  # slowly, so that every buffer on the way fills
                 received += len(await stream.receive_some(65_536))
                 await trio.sleep(0.002)
-                assert origin.sent_bytes < received + 20_000_000, "upstream is not held back"
+                # The kernel's buffers are tens of megabytes at the most; what the relay holds is in its memory.
+                assert origin.sent_bytes < LARGE_BYTES, "upstream is not held back"
             for sequence in range(1, 6):
                 await site.post(make_batch("meanwhile", sequence))
                 peak = max(peak, await resident(relay))
