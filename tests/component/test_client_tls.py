@@ -197,6 +197,14 @@ def abruptly(stream: trio.abc.Stream) -> None:
     transport.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+async def readable(stream: trio.abc.Stream) -> None:
+    """Return once the other side's end has arrived, or whatever it said before that."""
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    assert isinstance(transport, trio.SocketStream)
+    with trio.fail_after(30):
+        await trio.lowlevel.wait_readable(transport.socket.fileno())
+
+
 @pytest.mark.parametrize("end", [quietly, abruptly])
 @pytest.mark.parametrize(("tls", "close_notify"), [(False, False), (True, False), (True, True)])
 async def test_a_socket_closed_while_idle_is_found_before_it_is_used(
@@ -213,6 +221,8 @@ async def test_a_socket_closed_while_idle_is_found_before_it_is_used(
         client = HttpClient(url, Upstream(ca_file=ca_file))
         assert await post(client) == OK_REPLY
         await ended.wait()
+        [connection] = client._idle
+        await readable(connection.stream)
         assert await post(client) == OK_REPLY
         statistics = client.statistics()
         assert (statistics.stale_total, statistics.resent_total) == (1, 0)
