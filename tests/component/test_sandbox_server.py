@@ -64,7 +64,7 @@ async def test_it_answers_over_loopback(served: tuple[Sandbox, int]) -> None:
     """Batches and control requests get their answers on one real connection, CORS headers included."""
     _, port = served
     stream = await trio.open_tcp_stream("127.0.0.1", port)
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await stream.send_all(post(BATCH))
         answer = b""
         while not answer.endswith(b'{"ok":true}'):
@@ -83,7 +83,7 @@ async def test_a_dropped_batch_gets_no_byte_of_an_answer(served: tuple[Sandbox, 
     sandbox, port = served
     sandbox.set_faults(fault_settings({"drop_after_rate": 1}))
     stream = await trio.open_tcp_stream("127.0.0.1", port)
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await stream.send_all(post(BATCH))
         assert await stream.receive_some() == b""
     assert sandbox.report()["stored_batches"] == 1
@@ -150,10 +150,10 @@ def test_the_command_serves_until_a_signal(ending: signal.Signals) -> None:
             line = process.stdout.readline()
             assert line.startswith("sandbox listening on http://127.0.0.1:")
             url = line.removeprefix("sandbox listening on ").strip()
-            with urllib.request.urlopen(f"{url}/sandbox/report", timeout=10) as answer:  # noqa: S310 - our own
+            with urllib.request.urlopen(f"{url}/sandbox/report", timeout=60) as answer:  # noqa: S310 - our own
                 assert orjson.loads(answer.read())["requests"] == 0
             process.send_signal(ending)
-            _, errors = process.communicate(timeout=10)
+            _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == 0

@@ -23,6 +23,9 @@ BACKLOG_BATCHES = 3
 MIN_LIVE_BATCHES = 50
 """Sent while the backlog drains, so that there is something to be harmed."""
 
+MOODS_SECONDS = 300.0
+"""For each to be drawn and met twice. Probes go one at a time, some of them hang: ten to thirty seconds as a rule."""
+
 CLIENT_SECONDS = 10.0
 """What a client gives the relay for an answer; a browser gives minutes."""
 
@@ -54,7 +57,7 @@ async def have_outage(proxy: HostileProxy, moods: Sequence[Mood]) -> None:
     async def met() -> bool:
         return all(proxy.seen[mood] - before[mood] >= 2 for mood in moods)
 
-    await eventually("every mood to be met", met, 60)
+    await eventually("every mood to be met", met, MOODS_SECONDS)
 
 
 async def test_backlog_drains_beside_live_traffic_after_an_outage_of_every_kind(site: Site) -> None:
