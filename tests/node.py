@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -110,6 +110,7 @@ def _packages() -> Path:
             finished = subprocess.run([*_npm(), "install", *options, ZOD], capture_output=True, text=True, timeout=300)
             if finished.returncode:
                 pytest.fail(f"{ZOD} is not in {_PACKAGES}, and npm cannot fetch it:\n{finished.stderr}")
-            # In one step, so that no other test run finds half of it.
-            fetched.rename(_PACKAGES)
+            # In one step, so that no other test run finds half of it; one that was quicker has brought the same.
+            with suppress(OSError):
+                fetched.rename(_PACKAGES)
     return _PACKAGES

@@ -207,9 +207,9 @@ class Relay(Process):
 
     @property
     def start_seconds(self) -> float:
-        """How long its start took, from its first line to the last address that it listened on."""
+        """How long its start took, from its first line to its last address; none where the clock was set back."""
         at = {line["event"]: datetime.fromisoformat(line["timestamp"]) for line in self.lines()}
-        return (at["admin listening"] - at["starting"]).total_seconds()
+        return max(0.0, (at["admin listening"] - at["starting"]).total_seconds())
 
     async def keep_log(self, stream: trio.abc.ReceiveStream) -> None:
         """Write to the log's file what the relay logs elsewhere."""
