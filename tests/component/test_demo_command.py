@@ -105,7 +105,7 @@ async def test_a_short_session_adds_up(tmp_path: Path) -> None:
     """A session of its own, through real sockets and a real spool, is upstream exactly once."""
     session = recut([recorded("w1", [(1, 10)] * 50), recorded("w2", [(2, 10)] * 5, flush="final")])
     display = RecordingDisplay()
-    result = await perform(Player([session], 3, speed=1.0), str(tmp_path), 30, display)
+    result = await perform(Player([session], 3, speed=1.0), str(tmp_path), 300, display)
     assert (result.exactly_once, result.problems) == (True, [])
     assert (result.sessions, result.events_accepted, result.events_delivered) == (3, 165, 165)
     # Of each session one batch a window, since the final is there before the wait for company is over.
