@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.daemon import DEADLINE_SECONDS, Site, eventually, open_site
+from tests.system.daemon import Site, eventually, open_site
 from tests.system.laws import assert_accounted
 from tests.system.traffic import make_batch
 
@@ -26,7 +26,7 @@ MAX_IN_FLIGHT = 8
 """`forward.max_in_flight_per_key`, by default."""
 
 A_MINUTE = 120.0
-"""Patience with what upstream's window of 60 s holds back, and the relay sends at its pace when that opens."""
+"""Patience with what upstream's window of 60 s holds back, or its many pauses, and the relay sends at its pace then."""
 
 BEYOND_LIMIT = STRICT_LIMIT + 4
 """Sessions whose batches do not fit into one minute."""
@@ -118,14 +118,14 @@ async def test_trouble_of_every_kind(site: Site) -> None:
         {"forward": {"backoff_base_seconds": 0.01, "backoff_max_seconds": 0.02, "hold_seconds": 0.02}}
     )
     seen: set[int] = set()
-    with trio.fail_after(DEADLINE_SECONDS):
+    with trio.fail_after(A_MINUTE):
         for sequence in count():
             is_final = seen.issuperset(statuses)
             await site.post(*(make_batch(f"s{number}", sequence, is_final=is_final) for number in range(SESSIONS)))
             if is_final:
                 break
             seen = {int(status) for status in (await site.sandbox.report())["responses"]}
-    await assert_accounted(site)
+    await assert_accounted(site, seconds=A_MINUTE)  # each 429 is a pause of a second, and there is one now and then
 
 
 async def play_at_a_stricter_upstream(directory: Path) -> None:
