@@ -320,7 +320,7 @@ async def test_keys_too_many_are_told_to_come_again(tmp_path: Path, autojump_clo
 
 async def test_spool_without_room_is_refused_on_headers(tmp_path: Path, autojump_clock: MockClock) -> None:
     """While the spool refuses, so does `admit`, before a body is read; a missing key is still a 401."""
-    async with ingesting(tmp_path, min_free_bytes=1 << 60) as it:
+    async with ingesting(tmp_path, min_free_bytes=1 << 64) as it:
         refusal = it.intake.admit(Request("POST", REPLAY_PATH, b"", KEY))
         assert refusal is not None
         assert (refusal.status, dict(refusal.headers)[b"retry-after"]) == (503, b"5")

@@ -220,7 +220,7 @@ async def test_byte_cap_refuses_and_draining_lifts_it(tmp_path: Path, autojump_c
 
 async def test_free_space_floor_refuses(tmp_path: Path, autojump_clock: MockClock) -> None:
     """Below `spool.min_free_bytes` batches are refused, so that the disk is left to others."""
-    async with opened_spool(tmp_path, min_free_bytes=1 << 60) as spool:
+    async with opened_spool(tmp_path, min_free_bytes=1 << 64) as spool:
         assert "(spool.min_free_bytes)" in spool.refusal
 
 

@@ -230,7 +230,7 @@ async def test_reserve_is_taken_where_there_is_room_for_it_twice(tmp_path: Path)
     reserve.give_up()
     assert not reserve.is_held
     assert not (tmp_path / RESERVE_NAME).exists()
-    assert not Reserve(tmp_path, 1 << 60).take()
+    assert not Reserve(tmp_path, 1 << 62).take()
     assert Reserve(tmp_path, 0).is_held
 
 

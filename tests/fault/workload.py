@@ -6,12 +6,12 @@ model knew then.
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import apsw
@@ -78,7 +78,7 @@ def recall(machine: StoreMachine, memory: bytes) -> None:
 class Workload(StoreMachine):
     """Actions by seed, on a disk that is recorded."""
 
-    home = MEMORY if Path(MEMORY).is_dir() else None
+    home = MEMORY if os.access(MEMORY, os.W_OK) else None
 
     def __init__(self, seed: int, durability: Durability) -> None:
         super().__init__()
