@@ -195,20 +195,24 @@ class HttpListener:
         """
         async with trio.open_nursery() as background:
             background.start_soon(self._reap)
-            async with trio.open_nursery() as connections, AsyncExitStack() as closing:
-                for listener in listeners:
-                    await closing.enter_async_context(listener)
-                with self._accepting:
-                    async with trio.open_nursery() as acceptors:
-                        for listener in listeners:
-                            acceptors.start_soon(self._accept, listener, connections)
-                        task_status.started()
+            async with trio.open_nursery() as connections:
+                async with AsyncExitStack() as closing:
+                    for listener in listeners:
+                        await closing.enter_async_context(listener)
+                    with self._accepting:
+                        async with trio.open_nursery() as acceptors:
+                            for listener in listeners:
+                                acceptors.start_soon(self._accept, listener, connections)
+                            task_status.started()
+                self._end_idle()  # only now, since who is hung up on may come again at once
             background.cancel_scope.cancel()
 
     def stop(self) -> None:
-        """Stop accepting, close idle connections, let `run` return once the requests in hand are answered."""
+        """Stop accepting, then close idle connections, let `run` return once the requests in hand are answered."""
         self._is_stopping = True
         self._accepting.cancel()
+
+    def _end_idle(self) -> None:
         for client in self._clients:
             if client.patience.phase is Phase.IDLE:
                 client.cancel()

@@ -485,6 +485,29 @@ async def test_stopping_closes_idle_connections_and_finishes_requests_in_hand() 
         assert sum(it.listener.statistics().timeouts_total.values()) == 0
 
 
+async def test_stopping_closes_its_address_before_it_hangs_up(autojump_clock: trio.testing.MockClock) -> None:
+    """Who sees its idle connection end finds nobody to connect to, and goes elsewhere; until then it is served."""
+
+    class Slow(MemoryListener):
+        async def aclose(self) -> None:
+            """Take a second to refuse further connections."""
+            with trio.CancelScope(shield=True):
+                await trio.sleep(1)
+            await super().aclose()
+
+    listener, memory = HttpListener(route_to(Recorder()), Listen(), wall_clock=lambda: 0.0), Slow()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(listener.run, [memory])
+        idle, late = memory.connect(), memory.connect()
+        for client in (idle, late):
+            assert (await client.ask(GET))[0] == 200
+        listener.stop()
+        status, headers, _ = await late.ask(GET)
+        assert (status, headers[b"connection"], trio.current_time()) == (200, b"close", 0.0)
+        assert await idle.read_to_end() == b""
+        assert trio.current_time() == 1.0
+
+
 async def test_a_listener_stopped_before_it_runs_returns() -> None:
     """`stop` holds for a `run` that comes after it."""
     listener = HttpListener(route_to(Recorder()), Listen())
