@@ -374,7 +374,8 @@ class HttpListener:
         """Let a handler write its answer while the client is watched; returns what is left to say."""
         writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))
         try:
-            client.ahead = await write_watched(streamed, writer, partial(client.receive, READ_BYTES))
+            receive = partial(client.receive, READ_BYTES)
+            client.ahead = await write_watched(streamed, writer, receive, client.ahead)
         finally:
             exchange.is_begun = writer.is_begun
             if not writer.is_complete:

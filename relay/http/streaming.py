@@ -122,7 +122,10 @@ class StreamWriter:
 
 
 async def write_watched(
-    streamed: Streamed, writer: StreamWriter, receive: Callable[[], Awaitable[bytes | bytearray]]
+    streamed: Streamed,
+    writer: StreamWriter,
+    receive: Callable[[], Awaitable[bytes | bytearray]],
+    ahead: bytes | bytearray,
 ) -> bytes | bytearray:
     """Let a handler write its answer while its client is watched, and cancel it if the client leaves.
 
@@ -130,11 +133,12 @@ async def write_watched(
         streamed: The handler's.
         writer: To the client.
         receive: From the client.
+        ahead: What the client sent while an earlier answer was written. With any it is not read from, and so not
+            watched: more would have to be kept, or lost.
 
     Returns:
-        What the client has sent meanwhile, at most one read.
+        What the client has sent ahead by now, at most one read.
     """
-    ahead: bytes | bytearray = b""
 
     async def watch() -> None:
         nonlocal ahead
@@ -144,7 +148,8 @@ async def write_watched(
             nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch)
+        if not ahead:
+            nursery.start_soon(watch)
         with suppress(ClientGone):
             await streamed.write(writer)
             await writer.finish()

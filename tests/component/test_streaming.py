@@ -245,6 +245,39 @@ async def test_what_a_client_sends_meanwhile_waits() -> None:
         assert (await client.read())[2] == b'{"ok":true}'
 
 
+async def test_what_a_client_sends_meanwhile_survives_further_answers(autojump_clock: trio.testing.MockClock) -> None:
+    """Of pipelined requests with streamed answers, one that comes amid the first is answered after the last."""
+    gate = trio.Event()
+    asked: list[bytes] = []
+
+    async def handle(request: Request) -> Streamed:
+        asked.append(request.query)
+
+        async def write(writer: Writer) -> None:
+            await gate.wait()
+            writer.start(200, (), 1)
+            await writer.send(request.query)
+
+        return Streamed(write)
+
+    def numbered(number: int) -> bytes:
+        return GET.replace(b"/streamed", b"/streamed?%d" % number)
+
+    async with serving(router=Router([Route("/streamed", {"GET": handle})])) as it:
+        client = it.connect()
+        await client.send(numbered(1) + numbered(2))
+        await trio.testing.wait_all_tasks_blocked()
+        await client.send(numbered(3) + numbered(4)[:10])
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+        with trio.fail_after(60):
+            assert [(await client.read())[2] for _ in range(3)] == [b"1", b"2", b"3"]
+            await client.send(numbered(4)[10:])
+            assert (await client.read())[2] == b"4"
+        await client.aclose()
+    assert asked == [b"1", b"2", b"3", b"4"]
+
+
 async def test_a_cut_answer_resets_where_only_the_end_could_tell() -> None:
     """A client of HTTP/1.0 gets an error, not an end, where its answer is cut."""
 
