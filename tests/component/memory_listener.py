@@ -20,11 +20,12 @@ Answer = tuple[int, dict[bytes, bytes], bytes]
 
 
 class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
-    """Accepts connections that a test makes with `connect`; `failures` are raised first."""
+    """Accepts connections that a test makes with `connect`, whose `servers` it keeps; `failures` are raised first."""
 
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](1_000)
         self.failures: list[OSError] = []
+        self.servers: list[trio.abc.Stream] = []
 
     async def accept(self) -> trio.abc.Stream:
         """Return the next connection's server side."""
@@ -42,6 +43,7 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
         """Return a connected client; in lockstep every write waits until the other side has read it."""
         pair = trio.testing.lockstep_stream_pair if is_lockstep else trio.testing.memory_stream_pair
         client, server = pair()
+        self.servers.append(server)
         self._send.send_nowait(server)
         return RawClient(client)
 

@@ -11,7 +11,7 @@ import trio.testing
 from structlog.testing import capture_logs
 
 from relay.config import Listen
-from relay.http.listener import HttpListener, open_listeners
+from relay.http.listener import AHEAD_BYTES, HttpListener, open_listeners
 from relay.http.message import HeaderList, Request, Streamed, Writer
 from relay.http.patience import REAP_SECONDS
 from relay.http.router import Route, Router
@@ -243,6 +243,28 @@ async def test_what_a_client_sends_meanwhile_waits() -> None:
         gate.set()
         assert (await client.read())[2] == b"abc"
         assert (await client.read())[2] == b'{"ok":true}'
+
+
+async def test_little_is_taken_of_what_a_client_sends_meanwhile() -> None:
+    """A client that goes on sending while it waits for a streamed answer costs a kilobyte of memory, not a read."""
+    gate = trio.Event()
+
+    async def write(writer: Writer) -> None:
+        await gate.wait()
+        writer.start(200, (), 0)
+
+    async with streaming(write) as it:
+        client = it.connect()
+        await client.send(GET)
+        await trio.testing.wait_all_tasks_blocked()
+        await client.send(b"x" * 200_000)
+        await trio.testing.wait_all_tasks_blocked()
+        left = await it.memory.servers[0].receive_some(1_000_000)
+        assert 200_000 - len(left) == AHEAD_BYTES
+        gate.set()
+        assert (await client.read())[0] == 200
+        assert (await client.read())[0] == 400
+        await client.aclose()
 
 
 async def test_what_a_client_sends_meanwhile_survives_further_answers(autojump_clock: trio.testing.MockClock) -> None:
