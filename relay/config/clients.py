@@ -39,7 +39,7 @@ class Listen(Section, frozen=True):
             ge=1_048_576,
             description=(
                 "Request bodies being received, over all connections; beyond it whose body has taken most for longest "
-                "is answered 503. Bounds memory."
+                "is answered 503. Bounds memory. Changes that wait for the data API have a quarter of it at most."
             ),
         ),
     ] = 67_108_864

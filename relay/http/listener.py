@@ -52,6 +52,10 @@ AHEAD_BYTES: Final = 1_024
 """What is taken of a client's next request while an answer is streamed to it, which may be waiting for as long as a
 handler likes: on 10 000 connections 10 MB, where a full read of each would be 650."""
 
+STREAMED_SHARE: Final = 0.25
+"""Of `max_buffered_bytes`, what may wait behind streamed answers, which take as long as a handler likes: so those who
+are answered at once, ingest above all, keep the rest. With the defaults 256 changes of the data API."""
+
 LINGER_BYTES: Final = 67_108_864
 """What is dropped meanwhile at most: clients that read no answer before they sent everything get through twice the
 default body limit. Dropping costs 0.1 ms a megabyte and no memory."""
@@ -174,6 +178,7 @@ class HttpListener:
         self._accept_errors_total = 0
         self._requests_total = 0
         self._buffered_bytes = 0
+        self._streamed_bytes = 0  # of these, what waits behind streamed answers
         self._overloads_total = 0
         self._bad_requests_total = 0
         self._handler_errors_total = 0
@@ -375,12 +380,23 @@ class HttpListener:
         return closes
 
     async def _stream(self, client: _Client, exchange: Exchange, streamed: Streamed) -> Response:
-        """Let a handler write its answer while the client is watched; returns what is left to say."""
+        """Let a handler write its answer while the client is watched; returns what is left to say.
+
+        What the connection holds meanwhile is out of reach of whoever needs room, so there is a bound of its own on it.
+        One alone is always let through, so that none is too large for ever.
+        """
+        held_bytes = client.charged_bytes
+        room = self._settings.max_buffered_bytes * STREAMED_SHARE
+        if held_bytes and self._streamed_bytes and self._streamed_bytes + held_bytes > room:
+            self._overloads_total += 1
+            return self._overloaded
+        self._streamed_bytes += held_bytes
         writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))
         try:
             receive = partial(client.receive, AHEAD_BYTES)
             client.ahead = await write_watched(streamed, writer, receive, client.ahead)
         finally:
+            self._streamed_bytes -= held_bytes
             exchange.is_begun = writer.is_begun
             if not writer.is_complete:
                 writer.reset(client.stream)

@@ -7,6 +7,8 @@ import trio
 import trio.testing
 
 from relay.config import Listen
+from relay.http.message import Request, Streamed, Writer
+from relay.http.router import Route, Router
 from tests.component.memory_listener import Recorder, route_to, serving
 from tests.component.test_listener import post
 
@@ -32,6 +34,50 @@ async def test_buffered_bodies_are_bounded(is_complete: bool) -> None:
         assert [len(request.body) for request in recorder.requests] == [1_000_000]
         assert it.listener.statistics().overloads_total == 1
         await second.aclose()
+
+
+@pytest.mark.parametrize("is_its_own", [True, False])
+async def test_streamed_answers_leave_room_for_others(is_its_own: bool) -> None:
+    """Bodies behind answers that take their time hold a quarter of the bytes at most: who is answered at once has room.
+
+    It does not matter whether the body is the slow request's own or comes behind it in the same read. One alone is
+    always let through.
+    """
+    gate = trio.Event()
+
+    async def change(_: Request) -> Streamed:
+        async def write(writer: Writer) -> None:
+            await gate.wait()
+            writer.start(200, (), 0)
+
+        return Streamed(write)
+
+    slow = Route("/slow", {"POST": change, "GET": change}, max_body_bytes=2_000_000)
+    body = b"x" * 50_000
+    request = post(body).replace(b"/in", b"/slow")
+    if not is_its_own:
+        request = b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + post(body)
+    router = Router([slow, Route("/in", {"POST": Recorder()}, max_body_bytes=2_000_000)])
+    async with serving(Listen(max_buffered_bytes=1_048_576), router=router) as it:
+        large = it.connect()
+        await large.send(post(b"y" * 400_000).replace(b"/in", b"/slow"))
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+        assert (await large.read())[0] == 200
+        gate = trio.Event()
+        holders = [it.connect() for _ in range(25)]
+        for holder in holders:
+            await holder.send(request)
+            await trio.testing.wait_all_tasks_blocked()
+        assert it.listener.statistics().buffered_bytes == 5 * len(body)
+        assert (await it.connect().ask(post(b"z" * 700_000)))[0] == 200
+        gate.set()
+        answers = [await holder.read() for holder in holders]
+        assert [status for status, _, _ in answers] == [200] * 5 + [503] * 20
+        assert answers[-1][1][b"retry-after"] == b"7"
+        assert it.listener.statistics().overloads_total == 20
+        for client in (large, *holders):
+            await client.aclose()
 
 
 async def test_those_who_hoard_make_room(autojump_clock: trio.testing.MockClock) -> None:
