@@ -152,7 +152,8 @@ class Flights:
                         stall_seconds=self._settings.stall_seconds,
                         is_fresh=is_fresh,
                     ) as reply:
-                        if not is_settled and not 400 <= reply.status < 500:
+                        # A refusal of the second attempt says nothing of the first, which upstream may have made.
+                        if not is_settled and (is_fresh or not 400 <= reply.status < 500):
                             self._invalidate(ask.path)
                         is_settled = True
                         await self._receive(flight, ask, kept, reply, sent_at)

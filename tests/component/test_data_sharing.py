@@ -381,6 +381,22 @@ async def test_a_change_of_unknown_fate_drops_it_too() -> None:
             assert [request.split()[0] for request in it.asked] == [b"GET", b"PATCH", b"PATCH", b"GET"]
 
 
+async def test_a_refused_second_attempt_says_nothing_of_the_first() -> None:
+    """Where a change was sent twice and refused the second time, the first may have been made."""
+    unanswered = [True, False]
+
+    def respond(request: bytes) -> bytes | None:
+        if not request.startswith(b"PATCH"):
+            return answer(b"", FRESH)
+        return None if unanswered.pop(0) else answer(b"no", "Retry-After: 1", status="429 Too Many Requests")
+
+    async with proxying(respond) as it:
+        await it.ask(get(ISSUE))
+        assert (await it.ask(patch()))[0] == 429
+        await it.ask(get(ISSUE))
+        assert [request.split()[0] for request in it.asked] == [b"GET", b"PATCH", b"PATCH", b"GET"]
+
+
 async def test_a_read_that_began_before_a_change_does_not_outlive_it(autojump_clock: trio.testing.MockClock) -> None:
     """A read under way when a change is made is neither kept nor joined afterwards: what was written is read."""
     old_read, may_answer = trio.Event(), trio.Event()
