@@ -25,6 +25,7 @@ from relay.data_api.store import AnswerStore
 from relay.errors import ConnectFailed, ExchangeFailed, ExchangeTimedOut, Unanswered, UpstreamError
 from relay.http.client import HttpClient, StreamedReply
 from relay.protocol.caching import Kept, is_same_selection, keep, renewed_headers
+from relay.protocol.data_requests import resource_of
 from relay.protocol.fields import Fields, end_to_end, without
 
 log = structlog.get_logger()
@@ -235,10 +236,10 @@ class Flights:
 
     def _invalidate(self, path: str) -> None:
         """Forget what a change of an issue may have changed, kept or on its way."""
-        changed = {path, ISSUES_PATH}
+        changed = {resource_of(path), ISSUES_PATH}
         self.invalidated_total += 1
-        self._store.drop(lambda _, target: target.partition("?")[0] in changed)
+        self._store.drop(lambda _, target: resource_of(target.partition("?")[0]) in changed)
         for flight, ask in self._under_way.items():
-            if ask.path in changed:
+            if resource_of(ask.path) in changed:
                 flight.is_current = False
                 self._unshare(flight, ask)

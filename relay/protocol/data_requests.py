@@ -27,6 +27,11 @@ def is_one_segment(segment: str) -> bool:
     return text.strip(".") != "" and not re.search(r"[/\\\x00-\x1f\x7f]", text)
 
 
+def resource_of(path: str) -> str:
+    """Return what two spellings of one resource's path have in common: an id is a UUID, in any case (RFC 9562, 4)."""
+    return unquote(unquote(path)).lower()
+
+
 def find_fault(method: str, path: str, query: bytes, body: bytes) -> str | None:
     """Return why upstream is certain to refuse a request; None where it may take it."""
     if path in MAX_LIMITS:

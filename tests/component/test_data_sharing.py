@@ -354,6 +354,17 @@ async def test_a_change_drops_what_it_changed() -> None:
         assert anew == [ISSUE, ISSUES, ISSUES + "?limit=5", ISSUES]
 
 
+@pytest.mark.parametrize("spell", [str.upper, lambda name: name.replace("-", "%2D"), lambda name: f"%38{name[1:]}"])
+async def test_a_change_drops_an_issue_by_any_spelling_of_its_id(spell: Callable[[str], str]) -> None:
+    """Whatever case and escapes its id is written in, an issue that was changed is read anew."""
+    parent, _, name = ISSUE.rpartition("/")
+    other = f"{parent}/{spell(name)}"
+    async with proxying(numbered(FRESH)) as it:
+        assert [await body_of(it, get(target)) for target in (ISSUE, other)] == [b"1", b"2"]
+        await it.ask(patch(other))
+        assert [await body_of(it, get(target)) for target in (ISSUE, other)] == [b"4", b"5"]
+
+
 async def test_a_refused_change_drops_nothing() -> None:
     """A 4xx changed nothing."""
 
