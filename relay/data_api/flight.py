@@ -46,7 +46,8 @@ class Flight:
     Attributes:
         scope: Of the task that fetches it.
         is_stored: It is kept, or will be once it is whole.
-        is_current: Nothing was changed through the relay since it began that it might show as it was.
+        is_current: Since it began nothing was changed through the relay that it might show as it was, and its token was
+            not refused.
     """
 
     def __init__(self, window_bytes: int) -> None:

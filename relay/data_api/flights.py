@@ -226,7 +226,7 @@ class Flights:
         rate.learn(reply.status, reply.headers, begun_at=sent_at, now=now, wall_now=wall_now)
         ask.token.is_refused = reply.status == 401
         if reply.status in {401, 403}:
-            self._store.drop(lambda partition, _: partition == ask.caller.partition)
+            self._forget(lambda partition, _: partition == ask.caller.partition)
         else:
             ask.token.is_taken = True
 
@@ -235,11 +235,15 @@ class Flights:
             del self._shared[ask.key]
 
     def _invalidate(self, path: str) -> None:
-        """Forget what a change of an issue may have changed, kept or on its way."""
+        """Forget what a change of an issue may have changed."""
         changed = {resource_of(path), ISSUES_PATH}
         self.invalidated_total += 1
-        self._store.drop(lambda _, target: resource_of(target.partition("?")[0]) in changed)
+        self._forget(lambda _, target: resource_of(target.partition("?")[0]) in changed)
+
+    def _forget(self, is_forgotten: Callable[[bytes, str], bool]) -> None:
+        """Forget answers, kept or on their way, of which `is_forgotten` holds, given partition and target."""
+        self._store.drop(is_forgotten)
         for flight, ask in self._under_way.items():
-            if resource_of(ask.path) in changed:
+            if is_forgotten(ask.caller.partition, ask.target):
                 flight.is_current = False
                 self._unshare(flight, ask)

@@ -297,6 +297,35 @@ async def test_a_refused_token_loses_what_was_kept(autojump_clock: trio.testing.
         assert (await it.ask(get()))[0] == 401
 
 
+async def test_an_answer_on_its_way_when_its_token_is_refused_is_not_kept(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """What upstream said before it refused the token reaches who waited for it, and nobody after that."""
+    is_asked, may_answer = trio.Event(), trio.Event()
+
+    async def slow(peer: FakePeer) -> None:
+        await peer.read_request()
+        is_asked.set()
+        await may_answer.wait()
+        await peer.send(answer(b"one", FRESH))
+        await refuse(peer)
+
+    async def refuse(peer: FakePeer) -> None:
+        while await peer.read_request():
+            await peer.send(answer(b"no", status="401 Unauthorized"))
+
+    async with proxying(None, slow, refuse) as it:
+        first = it.connect()
+        await first.send(get())
+        await is_asked.wait()
+        assert (await it.ask(get(ISSUE)))[0] == 401
+        assert (await it.ask(get()))[0] == 401
+        may_answer.set()
+        assert (await first.read())[2] == b"one"
+        assert (await it.ask(get()))[0] == 401
+        await first.aclose()
+
+
 async def test_the_cache_is_bounded() -> None:
     """Kept answers never take more than `cache_max_bytes`: the least recently used go, one too large is not kept."""
     limit = 400_000
