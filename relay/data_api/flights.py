@@ -227,7 +227,7 @@ class Flights:
         ask.token.is_refused = reply.status == 401
         if reply.status in {401, 403}:
             self._forget(lambda partition, _: partition == ask.caller.partition)
-        else:
+        elif reply.status < 400:  # an error may be one of something before upstream, that looks at no token
             ask.token.is_taken = True
 
     def _unshare(self, flight: Flight, ask: Ask) -> None:

@@ -22,7 +22,7 @@ class Token:
         name: Its fingerprint.
         reads: What it may read.
         writes: What it may change.
-        is_taken: Upstream has taken it once.
+        is_taken: Upstream has taken it once: it has answered a request of it 2xx or 3xx.
         is_refused: Upstream answered it 401 last.
     """
 

@@ -133,6 +133,14 @@ async def test_tokens_are_in_no_figure_and_no_key() -> None:
         assert it.data_api.statistics().refused_keys == 50
 
 
+@pytest.mark.parametrize("status", ["404 Not Found", "429 Too Many Requests", "503 Service Unavailable"])
+async def test_an_error_does_not_show_that_a_token_was_taken(status: str) -> None:
+    """What stands before upstream answers without looking at tokens: an error names an invented one nowhere."""
+    async with proxying(lambda _: answer(b"", status=status)) as it:
+        await it.ask(get(by="luc_api_invented"))
+        assert it.data_api.statistics().reads_left_by_key == {}
+
+
 async def test_known_tokens_are_bounded() -> None:
     """Invented tokens push one another out, not memory up."""
     async with proxying(lambda _: answer(status="401 Unauthorized"), max_tokens=5) as it:
