@@ -113,16 +113,18 @@ class Flights:
         self._under_way[flight] = ask
         if not ask.is_apart:
             self._shared[ask.key] = (flight, ask)
-        if ask.token is not None:
-            ask.token.rate(ask.method).begin(self._monotonic())
-        self._nursery.start_soon(self._fly, flight, ask, kept)
+        self._nursery.start_soon(self._fly, flight, ask, kept, self._count(ask))
         return flight
 
-    async def _fly(self, flight: Flight, ask: Ask, kept: Kept | None) -> None:
+    async def _fly(self, flight: Flight, ask: Ask, kept: Kept | None, begun_at: float) -> None:
         """Carry one flight to its end."""
         try:
             with flight.scope:
-                await self._fetch(flight, ask, kept)
+                await self._take_slot(ask, begun_at)
+                try:
+                    await self._fetch(flight, ask, kept, begun_at)
+                finally:
+                    self._slots.release()
         except UpstreamError as error:
             timed_out = isinstance(error, ExchangeTimedOut)
             self.failed_by_reason["busy" if isinstance(error, Busy) else "timeout" if timed_out else "unreachable"] += 1
@@ -136,12 +138,25 @@ class Flights:
             self._unshare(flight, ask)
             del self._under_way[flight]
 
-    async def _fetch(self, flight: Flight, ask: Ask, kept: Kept | None) -> None:
+    async def _take_slot(self, ask: Ask, begun_at: float) -> None:
+        """Wait for a slot. A request that gets none, by its readers' leaving too, has cost its budget nothing.
+
+        Raises:
+            Busy: There was none for too long.
+        """
         patience = self._settings.first_byte_seconds
-        with trio.move_on_after(patience) as waiting:
-            await self._slots.acquire()
-        if waiting.cancelled_caught:
+        has_slot = False
+        try:
+            with trio.move_on_after(patience):
+                await self._slots.acquire()
+                has_slot = True
+        finally:
+            if not has_slot:
+                self._uncount(ask, begun_at)
+        if not has_slot:
             raise Busy(f"{self._settings.max_in_flight} requests are under way for {patience:g} s")
+
+    async def _fetch(self, flight: Flight, ask: Ask, kept: Kept | None, begun_at: float) -> None:
         is_settled = ask.method != "PATCH"
         try:
             for is_fresh in (False, True):
@@ -160,6 +175,7 @@ class Flights:
                         await self._receive(flight, ask, kept, reply, sent_at)
                         break
                 except ConnectFailed as error:
+                    self._uncount(ask, begun_at)
                     if is_fresh:  # it promises that nothing was sent, which the first attempt makes untrue
                         raise ExchangeFailed(f"no answer to a first attempt; then {error}") from error
                     is_settled = True
@@ -167,22 +183,28 @@ class Flights:
                 except Unanswered:
                     if is_fresh or not self._may_repeat(ask):
                         raise
+                    begun_at = self._count(ask)
             self._unshare(flight, ask)
             await flight.finish()
         finally:
-            self._slots.release()
             if not is_settled:  # whether upstream made the change, nobody knows
                 self._invalidate(ask.path)
 
+    def _count(self, ask: Ask) -> float:
+        """Take a request from its token's budget; returns when that was."""
+        now = self._monotonic()
+        if ask.token is not None:
+            ask.token.rate(ask.method).begin(now)
+        return now
+
+    def _uncount(self, ask: Ask, begun_at: float) -> None:
+        """Give back what a request was counted that was never sent."""
+        if ask.token is not None:
+            ask.token.rate(ask.method).take_back(begun_at)
+
     def _may_repeat(self, ask: Ask) -> bool:
-        """Take a request more from the budget, if it has one."""
-        if ask.token is None:
-            return True
-        rate, now = ask.token.rate(ask.method), self._monotonic()
-        if rate.spent(now) is not None:
-            return False
-        rate.begin(now)
-        return True
+        """Return whether the budget has room for a request once more."""
+        return ask.token is None or ask.token.rate(ask.method).spent(self._monotonic()) is None
 
     async def _receive(self, flight: Flight, ask: Ask, kept: Kept | None, reply: StreamedReply, sent_at: float) -> None:
         """Take an answer in, for the readers and for the store."""

@@ -65,6 +65,8 @@ class Rate:
         self._begun: deque[float] = deque(maxlen=_MAX_REMEMBERED)
         self._reported = 0
         """Left as upstream said, less what was begun since."""
+        self._reported_at = -inf
+        """When the request was begun whose answer said so."""
         self._reset_at = -inf
         """Until when that holds."""
         self._blocked_until = -inf
@@ -101,6 +103,16 @@ class Rate:
         self._begun.append(now)
         self._reported -= 1
 
+    def take_back(self, begun_at: float) -> None:
+        """Uncount a request that was never sent.
+
+        Args:
+            begun_at: When it was counted.
+        """
+        if begun_at in self._begun:
+            self._begun.remove(begun_at)
+            self._reported += begun_at > self._reported_at
+
     def learn(self, status: int, fields: Fields, *, begun_at: float, now: float, wall_now: float) -> None:
         """Take what an answer says.
 
@@ -131,7 +143,8 @@ class Rate:
         # Answers overtake one another: of those for one window the lowest counts.
         left -= sum(at > begun_at for at in self._begun)
         is_same_window = now < self._reset_at and abs(reset_at - self._reset_at) < 1.5
-        self._reported = min(left, self._reported) if is_same_window else left
+        if not is_same_window or left < self._reported:
+            self._reported, self._reported_at = left, begun_at
         self._reset_at = reset_at
 
     def _parse_reset(self, fields: Fields, now: float, wall_now: float) -> float | None:

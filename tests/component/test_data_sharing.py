@@ -547,6 +547,39 @@ async def test_our_own_count_holds_where_upstream_says_nothing(autojump_clock: t
         assert (await it.ask(get()))[0] == 200
 
 
+async def test_what_was_never_sent_costs_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """Requests without a connection or a slot, and those whose client left before, take nothing from the budget."""
+    settings: dict[str, Any] = {"reads_per_minute": 3, "writes_per_minute": 2, "max_in_flight": 1}
+
+    def respond(request: bytes) -> bytes | None:
+        return None if request.startswith(b"PATCH") else answer(b"")
+
+    async def refuse(_: object) -> trio.abc.Stream:
+        raise OSError("refused")
+
+    with capture_logs():
+        async with proxying(respond, cache_seconds=0, **settings) as it:
+            connect = it.data_api._client._connect
+            it.data_api._client._connect = refuse
+            for _ in range(10):
+                assert (await it.ask(get()))[0] == 502
+            it.data_api._client._connect = connect
+            it.origin.gate = trio.Event()  # type: ignore[attr-defined]
+            async with it.connect() as slow, it.connect() as waiting, it.connect() as leaving:
+                await slow.send(get())
+                await trio.testing.wait_all_tasks_blocked()
+                await waiting.send(get(ISSUE))
+                await leaving.send(get("/api/v1/signals"))
+                await trio.sleep(1)
+                await leaving.aclose()
+                await trio.sleep(1)
+                it.origin.gate.set()  # type: ignore[attr-defined]
+                assert ((await slow.read())[0], (await waiting.read())[0]) == (200, 200)
+            assert list(it.data_api.statistics().reads_left_by_key.values()) == [1]
+            assert (await it.ask(patch()))[0] == 502  # which was sent, twice
+            assert list(it.data_api.statistics().writes_left_by_key.values()) == [0]
+
+
 async def test_a_refusal_of_upstream_is_believed(autojump_clock: trio.testing.MockClock) -> None:
     """A 429 passes as it is, and until its `Retry-After` it is the last."""
     async with proxying(lambda _: answer(b"slow", "Retry-After: 9", status="429 Too Many Requests")) as it:

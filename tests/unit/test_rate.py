@@ -67,6 +67,24 @@ def test_the_lowest_word_of_a_window_counts() -> None:
     assert rate.remaining(61.0) == 299
 
 
+def test_what_was_never_sent_is_given_back() -> None:
+    """A request that was not sent after all costs neither our count nor what upstream said is left."""
+    rate = Rate(2)
+    rate.begin(0.0)
+    rate.begin(1.0)
+    assert rate.spent(1.0) is not None
+    rate.take_back(0.0)
+    assert rate.remaining(1.0) == 1
+    rate.begin(2.0)
+    rate.learn(200, said(300, 5, WALL + 50), begun_at=1.0, now=3.0, wall_now=WALL)
+    assert rate.remaining(3.0) == 4
+    rate.take_back(2.0)
+    assert rate.remaining(3.0) == 5
+    rate.take_back(1.0)  # upstream has counted others only, and its figure stands
+    rate.take_back(9.0)
+    assert rate.remaining(3.0) == 5
+
+
 def test_a_spent_window_opens_at_its_reset() -> None:
     """At nothing left the wait is until the reset; after it requests go out again."""
     rate = Rate(300)
