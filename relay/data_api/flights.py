@@ -172,6 +172,7 @@ class Flights:
                         if not is_settled and (is_fresh or not 400 <= reply.status < 500):
                             self._invalidate(ask.path)
                         is_settled = True
+                        self._learn(ask, reply, begun_at)
                         await self._receive(flight, ask, kept, reply, sent_at)
                         break
                 except ConnectFailed as error:
@@ -209,7 +210,6 @@ class Flights:
     async def _receive(self, flight: Flight, ask: Ask, kept: Kept | None, reply: StreamedReply, sent_at: float) -> None:
         """Take an answer in, for the readers and for the store."""
         self.failures = 0
-        self._learn(ask, reply, sent_at)
         headers = without(end_to_end(reply.headers), _LENGTH)
         may_keep = not ask.is_apart and ask.method == "GET"
         if reply.status == 304 and kept is not None:
@@ -239,13 +239,13 @@ class Flights:
     def _store_if_current(self, flight: Flight, ask: Ask, answer: Kept) -> bool:
         return flight.is_current and self._store.put(ask.caller.partition, ask.target, ask.fields, answer)
 
-    def _learn(self, ask: Ask, reply: StreamedReply, sent_at: float) -> None:
+    def _learn(self, ask: Ask, reply: StreamedReply, begun_at: float) -> None:
         """Take what an answer says of its token."""
         if ask.token is None:
             return
         now, wall_now = self._monotonic(), self._wall()
         rate = ask.token.rate(ask.method)
-        rate.learn(reply.status, reply.headers, begun_at=sent_at, now=now, wall_now=wall_now)
+        rate.learn(reply.status, reply.headers, begun_at=begun_at, now=now, wall_now=wall_now)
         ask.token.is_refused = reply.status == 401
         if reply.status in {401, 403}:
             self._forget(lambda partition, _: partition == ask.caller.partition)

@@ -580,6 +580,26 @@ async def test_what_was_never_sent_costs_nothing(autojump_clock: trio.testing.Mo
             assert list(it.data_api.statistics().writes_left_by_key.values()) == [0]
 
 
+async def test_what_waits_for_a_slot_is_taken_off_what_is_left(autojump_clock: trio.testing.MockClock) -> None:
+    """What upstream says is left is for those who wait already, in their order, before it is for anybody new."""
+    answers = [answer(b""), answer(b"", "X-RateLimit-Remaining: 1", "X-RateLimit-Reset: 1800000060"), answer(b"")]
+
+    async with proxying(lambda _: answers.pop(0), max_in_flight=1) as it:
+        it.origin.gate = trio.Event()  # type: ignore[attr-defined]
+        statuses: list[int] = []
+
+        async def ask(target: str) -> None:
+            statuses.append((await it.ask(get(target)))[0])
+
+        async with trio.open_nursery() as nursery:
+            for target in (ISSUES, ISSUE, "/api/v1/signals"):
+                nursery.start_soon(ask, target)
+                await trio.sleep(1)
+            it.origin.gate.set()  # type: ignore[attr-defined]
+        assert statuses == [200, 200, 200]
+        assert (await it.ask(get("/api/v1/insights")))[0] == 429
+
+
 async def test_a_refusal_of_upstream_is_believed(autojump_clock: trio.testing.MockClock) -> None:
     """A 429 passes as it is, and until its `Retry-After` it is the last."""
     async with proxying(lambda _: answer(b"slow", "Retry-After: 9", status="429 Too Many Requests")) as it:
