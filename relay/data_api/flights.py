@@ -222,7 +222,9 @@ class Flights:
             return
         announced = reply.length or 0
         if may_keep and reply.status == 200 and announced <= self._settings.window_bytes and reply.is_delimited:
-            flight.is_stored = self._keep(ask, headers, b"", sent_at) is not None  # or will be
+            start = self._keep(ask, headers, b"", sent_at)
+            has_room = start is not None and self._store.has_room(ask.target, start, announced)
+            flight.is_stored = has_room and flight.is_current  # or will be
         flight.begin(Head(reply.status, headers, reply.length, reply.status))
         while piece := await reply.receive():
             await flight.put(piece)

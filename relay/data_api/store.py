@@ -49,17 +49,26 @@ class AnswerStore:
         self._variants.move_to_end((partition, target))
         return next((kept for kept in variants if is_selected(kept, request)), None)
 
+    def has_room(self, target: str, kept: Kept, body_bytes: int) -> bool:
+        """Return whether an answer would be kept: one page shall not drive out all others.
+
+        Args:
+            target: Path and query.
+            kept: The answer, perhaps without its body.
+            body_bytes: Of the body that is to come.
+        """
+        return kept.size + body_bytes + len(target) <= self._max_bytes // 4
+
     def put(self, partition: bytes, target: str, request: Fields, kept: Kept) -> bool:
         """Keep an answer in place of what would be found for its request; returns whether there is room."""
-        size = kept.size + len(target)
-        if size > self._max_bytes // 4:  # one page shall not drive out all others
+        if not self.has_room(target, kept, 0):
             return False
         key = (partition, target)
         others = [one for one in self._variants.pop(key, []) if not self._is_gone(one, target, request)]
         while len(others) >= MAX_VARIANTS:
             self._forget(others.pop(), target)
         self._variants[key] = [kept, *others]
-        self.used_bytes += size
+        self.used_bytes += kept.size + len(target)
         while self.used_bytes > self._max_bytes:
             (_, oldest), variants = self._variants.popitem(last=False)
             for one in variants:

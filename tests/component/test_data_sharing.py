@@ -344,6 +344,15 @@ async def test_the_cache_is_bounded() -> None:
         assert (len(it.asked), it.data_api.statistics().cache_bytes) == (2, 0)
 
 
+@pytest.mark.parametrize("size", [0, 1_000])
+async def test_what_there_is_no_room_for_is_not_said_to_be_kept(size: int) -> None:
+    """`stored` in `Cache-Status` is for an answer that is kept, or will be: not without a cache, nor above a quarter."""
+    async with proxying(lambda _: answer(b"x" * 1_000, FRESH), cache_max_bytes=size * 8) as it:
+        for _ in range(2):
+            assert status_of((await it.ask(get()))[1]) == b"fwd=miss; fwd-status=200"
+        assert it.data_api.statistics().cache_bytes == 0
+
+
 async def test_an_answer_that_broke_off_is_not_kept() -> None:
     """Only whole answers are kept: neither a cut one, nor one whose end only the connection told."""
     for data in (
