@@ -35,6 +35,9 @@ ISSUES_PATH = "/api/v1/issues"
 
 _LENGTH = frozenset({b"content-length"})
 
+_SAYS_NOTHING = frozenset({304, 408, 425, 429})
+"""Statuses below 500 that do not tell what a resource is now."""
+
 
 class Flights:
     """Sends what clients ask.
@@ -225,14 +228,18 @@ class Flights:
             start = self._keep(ask, headers, b"", sent_at)
             has_room = start is not None and self._store.has_room(ask.target, start, announced)
             flight.is_stored = has_room and flight.is_current  # or will be
+        if may_keep and not flight.is_stored and reply.status < 500 and reply.status not in _SAYS_NOTHING:
+            self._forget_if_current(flight, ask)
         flight.begin(Head(reply.status, headers, reply.length, reply.status))
         while piece := await reply.receive():
             await flight.put(piece)
-        body = flight.whole_body() if flight.is_stored else None
-        if body is not None:
-            answer = self._keep(ask, headers, body, sent_at)
+        if flight.is_stored:
+            body = flight.whole_body()
+            answer = None if body is None else self._keep(ask, headers, body, sent_at)
             if answer is not None:
                 self._store_if_current(flight, ask, answer)
+            else:
+                self._forget_if_current(flight, ask)
 
     def _keep(self, ask: Ask, headers: Fields, body: bytes, sent_at: float) -> Kept | None:
         seconds = self._settings.cache_seconds
@@ -240,6 +247,11 @@ class Flights:
 
     def _store_if_current(self, flight: Flight, ask: Ask, answer: Kept) -> bool:
         return flight.is_current and self._store.put(ask.caller.partition, ask.target, ask.fields, answer)
+
+    def _forget_if_current(self, flight: Flight, ask: Ask) -> None:
+        """Forget what is kept: upstream says otherwise now, and that cannot be kept."""
+        if flight.is_current:
+            self._store.forget(ask.caller.partition, ask.target, ask.fields)
 
     def _learn(self, ask: Ask, reply: StreamedReply, begun_at: float) -> None:
         """Take what an answer says of its token."""

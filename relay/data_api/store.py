@@ -60,11 +60,12 @@ class AnswerStore:
         return kept.size + body_bytes + len(target) <= self._max_bytes // 4
 
     def put(self, partition: bytes, target: str, request: Fields, kept: Kept) -> bool:
-        """Keep an answer in place of what would be found for its request; returns whether there is room."""
+        """Keep an answer in place of what would be found for its request, which goes; returns whether there is room."""
+        self.forget(partition, target, request)
         if not self.has_room(target, kept, 0):
             return False
         key = (partition, target)
-        others = [one for one in self._variants.pop(key, []) if not self._is_gone(one, target, request)]
+        others = self._variants.pop(key, [])
         while len(others) >= MAX_VARIANTS:
             self._forget(others.pop(), target)
         self._variants[key] = [kept, *others]
@@ -75,6 +76,13 @@ class AnswerStore:
                 self._forget(one, oldest)
             self.evicted_total += 1
         return True
+
+    def forget(self, partition: bytes, target: str, request: Fields) -> None:
+        """Forget what would be found for a request."""
+        key = (partition, target)
+        others = [one for one in self._variants.pop(key, []) if not self._is_gone(one, target, request)]
+        if others:
+            self._variants[key] = others
 
     def drop(self, is_dropped: Callable[[bytes, str], bool]) -> None:
         """Forget the answers of which `is_dropped` holds, given partition and target."""

@@ -15,6 +15,7 @@ from tests.component.fake_origin import FakePeer, silence
 
 TAGGED = 'ETag: "a"'
 FRESH = "Cache-Control: max-age=60"
+CHUNKED = b"HTTP/1.1 200 OK\r\ncache-control: max-age=60\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def status_of(headers: dict[bytes, bytes]) -> bytes:
@@ -346,7 +347,7 @@ async def test_the_cache_is_bounded() -> None:
 
 @pytest.mark.parametrize("size", [0, 1_000])
 async def test_what_there_is_no_room_for_is_not_said_to_be_kept(size: int) -> None:
-    """`stored` in `Cache-Status` is for an answer that is kept, or will be: not without a cache, nor above a quarter."""
+    """`stored` in `Cache-Status` is for what is kept, or will be: not without a cache, nor for what is too large."""
     async with proxying(lambda _: answer(b"x" * 1_000, FRESH), cache_max_bytes=size * 8) as it:
         for _ in range(2):
             assert status_of((await it.ask(get()))[1]) == b"fwd=miss; fwd-status=200"
@@ -370,6 +371,30 @@ async def test_an_answer_that_broke_off_is_not_kept() -> None:
                     await client.send(get().replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
                     assert b"abc" in await client.read_to_end()
                 assert it.data_api.statistics().cache_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("newer", "is_outdated"),
+    [
+        (answer(b"two", "Cache-Control: no-store"), True),
+        (answer(b"gone", status="404 Not Found"), True),
+        (answer(b"x" * 70_000, FRESH), True),
+        (CHUNKED + b"%x\r\n%b\r\n" % (70_000, b"x" * 70_000) + b"0\r\n\r\n", True),
+        (CHUNKED + b"%x\r\n%b\r\n" % (30_000, b"x" * 30_000) + b"0\r\n\r\n", True),
+        (answer(b"down", status="503 Service Unavailable"), False),
+        (answer(b"slow", "Retry-After: 0", status="429 Too Many Requests"), False),
+    ],
+    ids=["not to be kept", "gone", "too large", "longer than its window", "over its share", "trouble", "limited"],
+)
+async def test_what_upstream_has_said_otherwise_is_not_served_again(newer: bytes, is_outdated: bool) -> None:
+    """Where a newer answer cannot be kept the older one goes too: nobody reads backwards, not in an outage either."""
+    answers = [answer(b"one", FRESH), newer, answer(b"three")]
+    async with proxying(lambda _: answers.pop(0), window_bytes=65_536, cache_max_bytes=120_000) as it:
+        await it.ask(get())
+        async with it.connect() as client:
+            await client.send(get(ISSUES, "Cache-Control: no-cache", "Connection: close"))
+            await client.read_to_end()
+        assert await body_of(it, get()) == (b"three" if is_outdated else b"one")
 
 
 # -- changed
