@@ -60,7 +60,14 @@ class AnswerStore:
         return kept.size + body_bytes + len(target) <= self._max_bytes // 4
 
     def put(self, partition: bytes, target: str, request: Fields, kept: Kept) -> bool:
-        """Keep an answer in place of what would be found for its request, which goes; returns whether there is room."""
+        """Keep an answer in place of what would be found for its request, which goes.
+
+        Returns:
+            Whether it is kept: not without room, nor in place of one that was asked for later.
+        """
+        earlier = self.find(partition, target, request)
+        if earlier is not None and earlier.asked_at > kept.asked_at:
+            return False
         self.forget(partition, target, request)
         if not self.has_room(target, kept, 0):
             return False

@@ -96,6 +96,8 @@ class Kept(msgspec.Struct, frozen=True):
     """Whole."""
     selected_by: Fields
     """The request's fields that `vary` names; absent ones have an empty value. Never a credential in the clear."""
+    asked_at: float
+    """When it was asked for."""
     at: float
     """When its age was taken."""
     initial_age: float
@@ -156,6 +158,7 @@ def keep(
         headers=without(headers, _OF_ONE_ANSWER),
         body=body,
         selected_by=tuple((name, find_field(request, name) or b"") for name in varies_by if name != _CREDENTIAL),
+        asked_at=sent_at,
         at=now,
         initial_age=(parse_seconds(find_field(headers, b"age")) or 0) + now - sent_at,
         lifetime=lifetime,

@@ -397,6 +397,33 @@ async def test_what_upstream_has_said_otherwise_is_not_served_again(newer: bytes
         assert await body_of(it, get()) == (b"three" if is_outdated else b"one")
 
 
+async def test_an_older_answer_does_not_take_a_newer_ones_place(autojump_clock: trio.testing.MockClock) -> None:
+    """Of two answers on their way at once, the one that was asked for last is kept, whichever comes first."""
+    old_read, may_answer = trio.Event(), trio.Event()
+
+    async def slow(peer: FakePeer) -> None:
+        await peer.read_request()
+        old_read.set()
+        await may_answer.wait()
+        await peer.send(answer(b"old", FRESH))
+        await peer.wait_closed()
+
+    async def quick(peer: FakePeer) -> None:
+        while await peer.read_request():
+            await peer.send(answer(b"new", FRESH))
+
+    async with proxying(None, slow, quick) as it:
+        first = it.connect()
+        await first.send(get())
+        await old_read.wait()
+        await trio.sleep(1)
+        assert await body_of(it, get(ISSUES, "Cache-Control: no-cache")) == b"new"
+        may_answer.set()
+        assert (await first.read())[2] == b"old"
+        assert await body_of(it, get()) == b"new"
+        await first.aclose()
+
+
 # -- changed
 
 
