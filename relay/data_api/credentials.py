@@ -1,8 +1,9 @@
 """Who asks, and by which token Lucent is asked for them.
 
 Rules:
-1. A client's own `Authorization` passes as it is. One of the relay's `client_tokens` never leaves the relay, and stands
-   for the relay's token. They are compared by hash, all of them and in constant time.
+1. A client's own `Authorization` passes as it is. One of the relay's `client_tokens` never leaves the relay, however it
+   is written there (twice, or without its scheme), and stands for the relay's token. They are compared by hash, all of
+   them and in constant time.
 2. Who sends none gets the relay's token only where `data_api.anonymous` says so in as many words.
 3. A token is known elsewhere by a hash under a key of this process, and in figures by its fingerprint.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -29,7 +31,11 @@ REREAD_SECONDS = 1.0
 MAX_TOKEN_BYTES = 8_192
 """Of a token file; a token that is a header cannot be longer."""
 
-_SCHEME = b"bearer "
+MAX_WORDS = 16
+"""Of an `Authorization`, in which the relay's tokens are looked for: a header sent a few times, or a Digest's dozen.
+Each costs a hash and a comparison a token: a header full of them would cost as much as a thousand requests."""
+
+_WORD_END = re.compile(rb"[\s,]+")
 
 ReadFile = Callable[[Path], Awaitable[bytes]]
 """Returns what a file begins with; raises OSError."""
@@ -77,9 +83,9 @@ class Credentials:
             authorization: The request's header, empty without one.
         """
         own = not authorization and self._serves_anonymous
-        if authorization[: len(_SCHEME)].lower() == _SCHEME:
-            sent = self._hash(authorization[len(_SCHEME) :].strip())
-            own = sum(hmac.compare_digest(sent, token) for token in self._client_tokens) > 0
+        if self._client_tokens:
+            sent = [self._hash(word) for word in _WORD_END.split(authorization, MAX_WORDS)[:MAX_WORDS]]
+            own |= sum(hmac.compare_digest(word, token) for token in self._client_tokens for word in sent) > 0
         if own:
             await self._reread()
             if not self._token:
