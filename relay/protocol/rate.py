@@ -126,13 +126,15 @@ class Rate:
         limit = parse_number(find_field(fields, b"x-ratelimit-limit"))
         if limit:
             self._limit = limit
-        reset_at = self._parse_reset(fields, now, wall_now)
+        date = parse_date(find_field(fields, b"date"))
+        their_now = wall_now if date is None else date  # rule 4
+        reset_at = self._parse_reset(fields, now, their_now)
         left = parse_number(find_field(fields, b"x-ratelimit-remaining"))
         if left is not None:
             self._report(left, begun_at, reset_at or begun_at + WINDOW_SECONDS, now)
         if status == 429:
             asked = find_field(fields, b"retry-after")
-            wait = None if asked is None else parse_retry_after(asked, wall_now, MAX_WAIT_SECONDS)
+            wait = None if asked is None else parse_retry_after(asked, their_now, MAX_WAIT_SECONDS)
             if wait is not None:
                 self._blocked_until = now + wait
                 self._reset_at = min(self._reset_at, self._blocked_until)
@@ -147,10 +149,9 @@ class Rate:
             self._reported, self._reported_at = left, begun_at
         self._reset_at = reset_at
 
-    def _parse_reset(self, fields: Fields, now: float, wall_now: float) -> float | None:
+    def _parse_reset(self, fields: Fields, now: float, their_now: float) -> float | None:
         """Return when the window resets, on our clock."""
         reset = parse_number(find_field(fields, b"x-ratelimit-reset"))
         if reset is None:
             return None
-        date = parse_date(find_field(fields, b"date"))
-        return now + min(max(0.0, reset - (wall_now if date is None else date)), MAX_WAIT_SECONDS)
+        return now + min(max(0.0, reset - their_now), MAX_WAIT_SECONDS)

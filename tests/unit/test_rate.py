@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,6 +103,18 @@ def test_no_clock_has_to_agree() -> None:
     rate.begin(0.0)
     news = (*said(300, 0, 1_000), *fields("date: Thu, 01 Jan 1970 00:16:20 GMT"))
     rate.learn(200, news, begun_at=0.0, now=0.0, wall_now=WALL)
+    spent = rate.spent(0.0)
+    assert spent is not None
+    assert spent.wait_seconds == 20.0
+
+
+@pytest.mark.parametrize("skew", [-3_600.0, 0.0, 3_600.0])
+def test_a_retry_after_that_is_a_date_needs_no_clock_to_agree(skew: float) -> None:
+    """The date of a `Retry-After` is upstream's, and read against upstream's own like a reset."""
+    rate = Rate(300)
+    rate.begin(0.0)
+    news = fields("retry-after: Thu, 01 Jan 1970 00:17:00 GMT", "date: Thu, 01 Jan 1970 00:16:40 GMT")
+    rate.learn(429, news, begun_at=0.0, now=0.0, wall_now=1_000.0 + skew)
     spent = rate.spent(0.0)
     assert spent is not None
     assert spent.wait_seconds == 20.0
