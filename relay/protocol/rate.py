@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections import deque
+from itertools import takewhile
 from math import ceil, inf
 
 import msgspec
@@ -24,8 +25,9 @@ WINDOW_SECONDS = 60.0
 MAX_WAIT_SECONDS = 300.0
 """A longer wait is clamped to this, as the forwarder does: the window is a minute, the rest is slack."""
 
-_MAX_REMEMBERED = 1_000
-"""Requests of a minute that are counted; more than three times the published limit."""
+_REMEMBERED = 1_000
+"""Requests that are counted, of a minute: more than three times the published limit. Where the operator says that a
+minute holds more, as many as that."""
 
 
 class Spent(msgspec.Struct, frozen=True):
@@ -62,7 +64,7 @@ class Rate:
     def __init__(self, limit: int) -> None:
         self._published = limit
         self._limit = limit
-        self._begun: deque[float] = deque(maxlen=_MAX_REMEMBERED)
+        self._begun: deque[float] = deque(maxlen=max(_REMEMBERED, limit))
         self._reported = 0
         """Left as upstream said, less what was begun since."""
         self._reported_at = -inf
@@ -89,14 +91,16 @@ class Rate:
 
     def spent(self, now: float) -> Spent | None:
         """Return how long a request has to wait; None where it may be sent."""
-        if self.remaining(now) != 0:
-            return None
         if now < self._blocked_until:
             return Spent(self._blocked_until - now, self._limit)
         if now < self._reset_at:
-            return Spent(self._reset_at - now, self._limit)
-        # Our own window is full: it opens when the oldest of the last `limit` requests leaves it.
-        return Spent(self._begun[-self._limit] + WINDOW_SECONDS - now, self._limit)
+            return Spent(self._reset_at - now, self._limit) if self._reported <= 0 else None
+        if not self._published or len(self._begun) < self._limit:
+            return None
+        # Our own window opens when the oldest of the last `limit` requests leaves it.
+        oldest = self._begun[-self._limit]
+        is_full = oldest > max(self._reset_at, now - WINDOW_SECONDS)
+        return Spent(oldest + WINDOW_SECONDS - now, self._limit) if is_full else None
 
     def begin(self, now: float) -> None:
         """Count a request."""
@@ -143,7 +147,7 @@ class Rate:
 
     def _report(self, left: int, begun_at: float, reset_at: float, now: float) -> None:
         # Answers overtake one another: of those for one window the lowest counts.
-        left -= sum(at > begun_at for at in self._begun)
+        left -= sum(1 for _ in takewhile(lambda at: at > begun_at, reversed(self._begun)))
         is_same_window = now < self._reset_at and abs(reset_at - self._reset_at) < 1.5
         if not is_same_window or left < self._reported:
             self._reported, self._reported_at = left, begun_at

@@ -33,6 +33,16 @@ def test_our_own_count_is_a_sliding_minute() -> None:
     assert rate.remaining(200.0) == 3
 
 
+@pytest.mark.parametrize("limit", [1_000, 1_001, 20_000])
+def test_our_own_count_holds_at_any_limit(limit: int) -> None:
+    """What the operator says a minute holds is what it holds, however much that is."""
+    rate = Rate(limit)
+    for _ in range(limit):
+        assert rate.spent(0.0) is None
+        rate.begin(0.0)
+    assert rate.spent(0.0) is not None
+
+
 def test_upstreams_word_counts_more_than_ours() -> None:
     """A request that upstream says it would take is never refused, whatever we have counted."""
     rate = Rate(2)
