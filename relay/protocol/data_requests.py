@@ -32,13 +32,20 @@ def resource_of(path: str) -> str:
     return unquote(unquote(path)).lower()
 
 
-def find_fault(method: str, path: str, query: bytes, body: bytes) -> str | None:
-    """Return why upstream is certain to refuse a request; None where it may take it."""
+def find_fault(method: str, path: str, query: bytes, body: bytes | None) -> str | None:
+    """Return why upstream is certain to refuse a request; None where it may take it.
+
+    Args:
+        method: GET, HEAD or PATCH.
+        path: Without the query.
+        query: Undecoded.
+        body: Of a PATCH; None where a content coding hides what it says.
+    """
     if path in MAX_LIMITS:
         return _query_fault(query.decode("latin-1"), MAX_LIMITS[path], has_status=path == "/api/v1/issues")
     if _UUID.fullmatch(unquote(path.rpartition("/")[2])) is None:
         return "Invalid issue id: it must be a UUID"
-    return _body_fault(body) if method == "PATCH" else None
+    return _body_fault(body) if method == "PATCH" and body is not None else None
 
 
 def _query_fault(query: str, max_limit: int, *, has_status: bool) -> str | None:
@@ -53,9 +60,12 @@ def _query_fault(query: str, max_limit: int, *, has_status: bool) -> str | None:
 
 
 def _body_fault(body: bytes) -> str | None:
+    # As leniently as JavaScript may read it: broken characters are replaced, and every number is a double.
     try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
+        value = json.loads(body.decode(json.detect_encoding(body), "replace"), parse_int=float)
+    except RecursionError:
+        return None
+    except ValueError:
         return "Invalid request body: it must be JSON"
     if not isinstance(value, dict) or value.get("status") not in STATUSES:
         return f"Invalid request body: status must be one of {', '.join(STATUSES)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from typing import Any
 
 import orjson
@@ -440,7 +441,9 @@ async def test_certain_refusals_are_the_edges_by_option() -> None:
             assert status == 400
             assert error_of(body).startswith("Invalid ")
         assert it.asked == []
-        assert [(await it.ask(good))[0] for good in (get(ISSUE), patch(), get(ISSUES + "?limit=200"))] == [200] * 3
+        coded = get(ISSUE, "Content-Encoding: gzip", method="PATCH", body=gzip.compress(b'{"status":"resolved"}'))
+        goods = (get(ISSUE), patch(), get(ISSUES + "?limit=200"), coded)
+        assert [(await it.ask(good))[0] for good in goods] == [200] * 4
     async with proxying(lambda _: answer()) as it:
         for request in bad:
             assert (await it.ask(request))[0] == 200

@@ -34,6 +34,10 @@ FAULTS: dict[str, tuple[str, str, bytes, bytes, str | None]] = {
     "a change to what is unknown": ("PATCH", ISSUE, b"", b'{"status":"open"}', f"Invalid request body: {BAD_STATUS}"),
     "a change of nothing": ("PATCH", ISSUE, b"", b"[]", f"Invalid request body: {BAD_STATUS}"),
     "a change to a list": ("PATCH", ISSUE, b"", b'{"status":["a"]}', f"Invalid request body: {BAD_STATUS}"),
+    "a huge number beside": ("PATCH", ISSUE, b"", b'{"status":"resolved","x":%b}' % (b"1" * 5_000), None),
+    "broken UTF-8 beside": ("PATCH", ISSUE, b"", b'{"status":"resolved","x":"\xff"}', None),
+    "a byte order mark": ("PATCH", ISSUE, b"", b'\xef\xbb\xbf{"status":"resolved"}', None),
+    "more depth than can be looked at": ("PATCH", ISSUE, b"", b'{"x":%b' % (b"[" * 50_000), None),
     "no JSON": ("PATCH", ISSUE, b"", b"{", "Invalid request body: it must be JSON"),
     "no text": ("PATCH", ISSUE, b"", b"\xff", "Invalid request body: it must be JSON"),
 }
