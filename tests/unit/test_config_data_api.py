@@ -40,6 +40,12 @@ def test_what_cannot_be_used_is_refused(arguments: list[str], expected: str) -> 
     assert not any(secret in problem for secret in ("luc_api", "handed-out", 'short"', "two words"))
 
 
+def test_a_long_token_can_be_held() -> None:
+    """An OAuth access token is taken from the configuration as it is from a file: it may have kilobytes."""
+    token = "luc_oat_" + "x" * 2_000
+    assert with_sets(f"data_api.token={token}", GIVEN).config.data_api.token == token
+
+
 WARNINGS: dict[str, tuple[list[str], str]] = {
     "everybody is served": ([HELD, OPEN], "everybody who reaches this address reads and changes your Lucent data"),
     "nobody is": ([HELD], "has no effect, since nobody is served with it"),
