@@ -9,7 +9,7 @@ Rules:
 2. Nothing is read from a connection while a request of it is unanswered, so answers keep their order and one client
    has one read, one head and one body here at a time. While an answer is streamed its client is watched: if it leaves
    (or shuts its sending side, which cannot be told apart) the handler is cancelled; what it sends meanwhile, at most
-   `AHEAD_BYTES` of it, waits for its turn.
+   `streaming.AHEAD_BYTES` of it, waits for its turn.
 3. A client costs a connection out of `max_connections` and body bytes out of `max_buffered_bytes`, and both are given
    back however its task ends. Where the bytes run out, who has held most for longest goes first, so that nobody who
    sends at once what he has to say is kept out by those who hoard.
@@ -47,10 +47,6 @@ log = structlog.get_logger()
 
 READ_BYTES: Final = 65_536
 """One read. trio's own default; a larger one gains nothing, since the kernel rarely has more ready."""
-
-AHEAD_BYTES: Final = 1_024
-"""What is taken of a client's next request while an answer is streamed to it, which may be waiting for as long as a
-handler likes: on 10 000 connections 10 MB, where a full read of each would be 650."""
 
 STREAMED_SHARE: Final = 0.25
 """Of `max_buffered_bytes`, what may wait behind streamed answers, which take as long as a handler likes: so those who
@@ -130,7 +126,7 @@ class _Client:
         self.cancelled_in: Phase | None = None
         self.charged_bytes = 0  # its share of the listener's buffered bytes
         self.last: Exchange | None = None  # what is left to be said, where it was cancelled for want of room
-        self.ahead: bytes | bytearray = b""  # at most AHEAD_BYTES, read while an answer was streamed
+        self.ahead: bytes | bytearray = b""  # a little, read while an answer was streamed
 
     def cancel(self) -> None:
         """End what the connection waits for."""
@@ -393,8 +389,7 @@ class HttpListener:
         self._streamed_bytes += held_bytes
         writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))
         try:
-            receive = partial(client.receive, AHEAD_BYTES)
-            client.ahead = await write_watched(streamed, writer, receive, client.ahead)
+            client.ahead = await write_watched(streamed, writer, client.receive, client.ahead)
         finally:
             self._streamed_bytes -= held_bytes
             exchange.is_begun = writer.is_begun

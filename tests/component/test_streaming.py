@@ -11,10 +11,11 @@ import trio.testing
 from structlog.testing import capture_logs
 
 from relay.config import Listen
-from relay.http.listener import AHEAD_BYTES, HttpListener, open_listeners
+from relay.http.listener import HttpListener, open_listeners
 from relay.http.message import HeaderList, Request, Streamed, Writer
 from relay.http.patience import REAP_SECONDS
 from relay.http.router import Route, Router
+from relay.http.streaming import AHEAD_BYTES
 from tests.component.memory_listener import Recorder, Serving, serving
 
 GET = b"GET /streamed HTTP/1.1\r\nHost: relay.test\r\n\r\n"
@@ -198,8 +199,11 @@ async def test_a_reader_that_stops_is_cut_off(autojump_clock: trio.testing.MockC
 
 
 @pytest.mark.parametrize("begins", [False, True], ids=["before the answer", "amid the answer"])
-async def test_a_client_that_leaves_cancels_its_handler(begins: bool, autojump_clock: trio.testing.MockClock) -> None:
-    """A handler that waits is cancelled as soon as its client is gone, and nobody is blamed."""
+@pytest.mark.parametrize("more", [(), (b"\r\n",), (GET[:9], GET[9:])], ids=["silent", "empty line", "another request"])
+async def test_a_client_that_leaves_cancels_its_handler(
+    begins: bool, more: tuple[bytes, ...], autojump_clock: trio.testing.MockClock
+) -> None:
+    """A handler that waits is cancelled as soon as its client is gone, whatever it sent before; nobody is blamed."""
     ended = trio.Event()
 
     async def write(writer: Writer) -> None:
@@ -217,6 +221,9 @@ async def test_a_client_that_leaves_cancels_its_handler(begins: bool, autojump_c
             await client.send(GET)
             await trio.sleep(1)
             assert not ended.is_set()
+            for data in more:
+                await client.send(data)
+                await trio.sleep(1)
             await client.aclose()
             await trio.testing.wait_all_tasks_blocked()
             assert ended.is_set()
