@@ -15,8 +15,14 @@ from typing import TypeAlias
 Fields: TypeAlias = tuple[tuple[bytes, bytes], ...]
 """Header lines: names lower-case, and values."""
 
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"})
-"""Fields of one connection (RFC 9110, 7.6.1); so are all that begin with `proxy-` and all that Connection names."""
+HOP_BY_HOP = frozenset(
+    {
+        *(b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade"),
+        *(b"proxy-connection", b"proxy-authenticate", b"proxy-authorization", b"proxy-authentication-info"),
+    }
+)
+"""Fields of one connection (RFC 9110, 7.6.1 and 11.7); so are all that Connection names. `proxy-status` is not: like
+`via` it tells of all proxies on the way (RFC 9209, 2)."""
 
 MAX_DELTA_SECONDS = 2**31
 """A longer time in a header is taken for this (RFC 9111, 1.2.2)."""
@@ -40,7 +46,7 @@ def end_to_end(fields: Iterable[tuple[bytes, bytes]]) -> Fields:
     """Return the fields that are for the other end, not for the connection they came by."""
     fields = tuple(fields)
     named = HOP_BY_HOP.union(list_members(find_field(fields, b"connection")))
-    return tuple(each for each in fields if each[0] not in named and not each[0].startswith(b"proxy-"))
+    return without(fields, named)
 
 
 def parse_directives(value: bytes | None) -> Mapping[bytes, bytes]:

@@ -51,11 +51,14 @@ def test_when_a_client_has_it_already(request_: tuple[str, ...], answer: tuple[s
 
 
 def test_fields_of_one_connection_end_here() -> None:
-    """Hop-by-hop fields, all of `proxy-`, and what Connection names do not pass; the rest does, in order (7.6.1)."""
-    passing = fields("x-b: 1", "x-a: 2", "x-b: 3", "cache-control: no-store", "te-x: 1")
+    """Hop-by-hop fields, and what Connection names, do not pass; the rest does, in order (RFC 9110, 7.6.1).
+
+    `proxy-status` is for the other end (RFC 9209, 2).
+    """
+    passing = fields("x-b: 1", "x-a: 2", "x-b: 3", "cache-control: no-store", "te-x: 1", "proxy-status: edge; error=x")
     dropped = fields(
         *("connection: close, X-Named", "connection: x-also", "x-named: 1", "x-also: 1", "keep-alive: timeout=5"),
-        *("proxy-authorization: x", "proxy-authenticate: x", "proxy-connection: x", "proxy-status: x"),
+        *("proxy-authorization: x", "proxy-authenticate: x", "proxy-connection: x", "proxy-authentication-info: x"),
         *("te: trailers", "trailer: x", "transfer-encoding: chunked", "upgrade: h2c"),
     )
     mixed = tuple(each for pair in zip(dropped[: len(passing)], passing, strict=True) for each in pair)
