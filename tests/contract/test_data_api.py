@@ -12,7 +12,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
-from schemathesis.specs.openapi.checks import negative_data_rejection
+from schemathesis.specs.openapi.checks import ignored_auth, negative_data_rejection
 
 from relay.protocol.data_requests import is_one_segment
 from relay.sandbox.schema import load_description
@@ -21,6 +21,7 @@ from tests.system.daemon import Site
 pytestmark = pytest.mark.slow
 
 TOKEN = "luc_api_test"  # noqa: S105 - nobody's
+GOOD = f"Bearer {TOKEN}"
 OPERATIONS = (
     ("/api/v1/issues", "GET"),
     ("/api/v1/issues/{issueId}", "GET"),
@@ -86,7 +87,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bases]:
 def answer(case: Case[Any], base: str) -> Any:
     """Return what a server answers, once it was held against the description."""
     response = case.call(base_url=base)
-    case.validate_response(response, excluded_checks=[*NOT_MEANT])
+    # It remembers the credential that it made up, and would take a good one put in its place for that.
+    is_good = case.headers.get("Authorization") == GOOD
+    case.validate_response(response, excluded_checks=[*NOT_MEANT, *([ignored_auth] if is_good else [])])
     return response
 
 
@@ -114,7 +117,7 @@ def test_answers_are_as_described(bases: Bases, path: str, method: str, mode: Ge
         if mode is GenerationMode.POSITIVE:
             bases.make_right(case, choice)
         if mode is GenerationMode.POSITIVE or choice % 2:
-            case.headers["Authorization"] = f"Bearer {TOKEN}"
+            case.headers["Authorization"] = GOOD
         statuses.add(assert_same(case, bases))
 
     ask()
