@@ -101,7 +101,7 @@ class _Client:
         self.cancelled_in: Phase | None = None
         self.charged_bytes = 0  # its share of the listener's buffered bytes
         self.last: Exchange | None = None  # what is left to be said, where it was cancelled for want of room
-        self.ahead: bytes | bytearray = b""  # a little, read while an answer was streamed
+        self.ahead = bytearray()  # a little, read while an answer was streamed
 
     def cancel(self) -> None:
         """End what the connection waits for."""
@@ -285,8 +285,12 @@ class HttpListener:
     async def _converse(self, client: _Client) -> None:
         """Read requests and answer them until one side is done."""
         parser, patience, receive = client.parser, client.patience, client.receive
+        data: bytes | bytearray
         while True:
-            data, client.ahead = client.ahead or await receive(READ_BYTES), b""
+            if client.ahead:
+                data, client.ahead = client.ahead, bytearray()
+            else:
+                data = await receive(READ_BYTES)
             if not data or client.cancelled_in is not None:
                 return
             patience.handle()
@@ -364,7 +368,7 @@ class HttpListener:
         self._streamed_bytes += held_bytes
         writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))
         try:
-            client.ahead = await write_watched(streamed, writer, client.receive, client.ahead)
+            await write_watched(streamed, writer, client.receive, client.ahead)
         finally:
             self._streamed_bytes -= held_bytes
             exchange.is_begun = writer.is_begun

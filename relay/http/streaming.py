@@ -129,23 +129,19 @@ async def write_watched(
     streamed: Streamed,
     writer: StreamWriter,
     receive: Callable[[int], Awaitable[bytes | bytearray]],
-    ahead: bytes | bytearray,
-) -> bytes | bytearray:
+    ahead: bytearray,
+) -> None:
     """Let a handler write its answer while its client is watched, and cancel it if the client leaves.
 
     Args:
         streamed: The handler's.
         writer: To the client.
         receive: From the client.
-        ahead: What the client sent while an earlier answer was written.
-
-    Returns:
-        What the client has sent ahead by now, at most `AHEAD_BYTES`. With as much as that it is not read from, and so
-        not watched: more would have to be held, or lost.
+        ahead: What the client sends meanwhile is added here, up to `AHEAD_BYTES`. With as much as that it is not read
+            from, and so not watched: more would have to be held, or lost.
     """
 
     async def watch() -> None:
-        nonlocal ahead
         while len(ahead) < AHEAD_BYTES:
             data: bytes | bytearray = b""
             with suppress(trio.BrokenResourceError, OSError):
@@ -153,7 +149,7 @@ async def write_watched(
             if not data:
                 nursery.cancel_scope.cancel()
                 return
-            ahead = ahead + data
+            ahead.extend(data)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(watch)
@@ -161,4 +157,3 @@ async def write_watched(
             await streamed.write(writer)
             await writer.finish()
         nursery.cancel_scope.cancel()
-    return ahead

@@ -307,6 +307,27 @@ async def test_what_a_client_sends_meanwhile_survives_further_answers(autojump_c
     assert asked == [b"1", b"2", b"3", b"4"]
 
 
+async def test_what_a_client_sends_meanwhile_survives_a_failure(autojump_clock: trio.testing.MockClock) -> None:
+    """A request that comes while a handler fails is answered behind the 500, whole."""
+    gate = trio.Event()
+
+    async def write(_: Writer) -> None:
+        await gate.wait()
+        raise RuntimeError
+
+    with capture_logs():
+        async with streaming(write) as it:
+            client = it.connect()
+            await client.send(GET)
+            await trio.sleep(1)
+            await client.send(GET.replace(b"/streamed", b"/out"))
+            await trio.sleep(1)
+            gate.set()
+            with trio.fail_after(60):
+                assert ((await client.read())[0], (await client.read())[0]) == (500, 200)
+            await client.aclose()
+
+
 async def test_a_cut_answer_resets_where_only_the_end_could_tell() -> None:
     """A client of HTTP/1.0 gets an error, not an end, where its answer is cut."""
 
