@@ -71,6 +71,7 @@ class Credentials:
         self._path = Path(settings.token_file) if settings.token_file else None
         self._token = settings.token.encode()
         self._read_at = float("-inf")
+        self._reading: trio.Event | None = None
         self.problem = ""
         """Why the token file cannot be used, where it cannot."""
         self.own_partition = b""
@@ -102,14 +103,22 @@ class Credentials:
     async def _reread(self) -> None:
         """Read the token file, unless that was done just now. A token that was read stays until there is another."""
         now = self._monotonic()
-        if self._path is None or now < self._read_at + REREAD_SECONDS:
+        if self._path is None:
+            return
+        if now < self._read_at + REREAD_SECONDS:
+            if self._reading is not None and not self._token:  # somebody else does that, and there is no other
+                await self._reading.wait()
             return
         self._read_at = now
+        self._reading = reading = trio.Event()
         try:
             token = (await self._read_file(self._path)).strip()
             problem = "" if is_token(token) else "holds no token, which is visible ASCII without blanks"
         except OSError as error:
             token, problem = b"", f"cannot be read: {error.strerror}"
+        finally:
+            self._reading = None
+            reading.set()
         if problem and problem != self.problem:
             log.error("token file of the data API is of no use", path=str(self._path), reason=problem)
         self.problem = problem

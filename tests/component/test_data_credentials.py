@@ -112,6 +112,27 @@ async def test_a_token_file_is_read_again(autojump_clock: trio.testing.MockClock
     assert not any("luc_api_" in str(entry) for entry in logs)
 
 
+async def test_those_who_ask_while_the_token_is_first_read_wait_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    """At the start readers ask all at once, and none is told that there is no token because the file is being read."""
+
+    async def read(_: Path) -> bytes:
+        await trio.sleep(0.5)
+        return OWN.encode()
+
+    credentials = Credentials(DataApi(token_file=FILE, client_tokens=(GIVEN,)), b"salt", trio.current_time, read)
+    callers: list[bytes] = []
+
+    async def ask() -> None:
+        caller = await credentials.identify(f"Bearer {GIVEN}".encode())
+        callers.append(b"" if caller is None else caller.authorization)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(ask)
+            await trio.sleep(0.1)
+    assert callers == [b"Bearer " + OWN.encode()] * 3
+
+
 async def test_without_its_token_the_relay_says_so() -> None:
     """A client of the relay's is told that the relay has no token, and nothing is asked as nobody."""
 
