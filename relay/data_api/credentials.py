@@ -92,10 +92,16 @@ class Credentials:
             if not self._token:
                 return None
             authorization = b"Bearer " + self._token
-            self.own_partition = self._hash(authorization)
+            self.own_partition = self._partition_of(authorization)
         if not authorization:
             return Caller(b"", b"", "")
-        return Caller(authorization, self._hash(authorization), fingerprint(authorization.rpartition(b" ")[2]))
+        return Caller(authorization, self._partition_of(authorization), fingerprint(authorization.rpartition(b" ")[2]))
+
+    def _partition_of(self, authorization: bytes) -> bytes:
+        """Return the hash of a credential, of a bearer token however scheme and blanks are written (RFC 9110, 11.1)."""
+        scheme, blank, token = authorization.partition(b" ")
+        is_bearer = blank and scheme.lower() == b"bearer"
+        return self._hash(b"Bearer " + token.strip() if is_bearer else authorization)
 
     def _hash(self, secret: bytes) -> bytes:
         return hashlib.blake2b(secret, key=self._salt, digest_size=16).digest()

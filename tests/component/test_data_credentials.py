@@ -80,6 +80,19 @@ async def test_clients_of_the_relays_share_its_answers() -> None:
         assert len(it.asked) == 1
 
 
+async def test_a_token_is_one_however_its_scheme_is_written() -> None:
+    """The scheme's case and blanks make no other token: they get no budget of their own, and share what is kept."""
+    async with proxying(lambda _: answer(b"", "Cache-Control: max-age=60"), reads_per_minute=1) as it:
+        for authorization in ("Bearer luc_api_a", "bearer luc_api_a", "BEARER   luc_api_a"):
+            assert (await it.ask(get(ISSUES, f"Authorization: {authorization}", by="")))[0] == 200
+            assert len(it.asked) == 1
+        assert (await it.ask(get(ISSUE, "Authorization: bearer luc_api_a", by="")))[0] == 429
+        others = ("Bearer luc_api_A", "luc_api_a", "LUC_API_A", "Basic luc_api_a", "basic luc_api_a", "Bearerluc_api_a")
+        for number, authorization in enumerate(others, 2):
+            assert (await it.ask(get(ISSUES, f"Authorization: {authorization}", by="")))[0] == 200
+            assert len(it.asked) == number
+
+
 async def test_a_token_file_is_read_again(autojump_clock: trio.testing.MockClock) -> None:
     """A token that is rotated in its file is used within a second; what was read last stays while the file is bad."""
     content: bytes | OSError = b"luc_api_1\n"
