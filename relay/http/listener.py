@@ -364,6 +364,7 @@ class HttpListener:
         room = self._settings.max_buffered_bytes * STREAMED_SHARE
         if held_bytes and self._streamed_bytes and self._streamed_bytes + held_bytes > room:
             self._overloads_total += 1
+            client.parser.is_unread = True  # it may be sending still
             return self._overloaded
         self._streamed_bytes += held_bytes
         writer = StreamWriter(exchange, self._renderer, partial(self._send_piece, client))

@@ -75,6 +75,8 @@ async def test_streamed_answers_leave_room_for_others(is_its_own: bool) -> None:
         answers = [await holder.read() for holder in holders]
         assert [status for status, _, _ in answers] == [200] * 5 + [503] * 20
         assert answers[-1][1][b"retry-after"] == b"7"
+        for holder in holders:
+            await holder.send(request)  # who is refused amid sending on can read why, before the connection ends
         assert it.listener.statistics().overloads_total == 20
         for client in (large, *holders):
             await client.aclose()
