@@ -187,12 +187,12 @@ def _data_problems(config: Config) -> Iterator[Finding]:
 def _order_problems(config: Config) -> Iterator[Finding]:
     """Yield the pairs of options that are in the wrong order."""
     intake, upstream, forward = config.intake, config.upstream, config.forward
-    if intake.max_body_bytes > config.listen.max_buffered_bytes:
-        yield Finding(
-            "intake.max_body_bytes",
-            "one body must fit into what is buffered: must be <=",
-            "listen.max_buffered_bytes",
-        )
+    for option, max_body_bytes in (
+        ("intake.max_body_bytes", intake.max_body_bytes),
+        ("data_api.max_body_bytes", config.data_api.max_body_bytes),
+    ):
+        if max_body_bytes > config.listen.max_buffered_bytes:
+            yield Finding(option, "one body must fit into what is buffered: must be <=", "listen.max_buffered_bytes")
     if intake.max_body_bytes > intake.max_decoded_bytes:
         yield Finding(
             "intake.max_body_bytes",

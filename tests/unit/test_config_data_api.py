@@ -25,6 +25,14 @@ PROBLEMS: dict[str, tuple[list[str], str]] = {
     "a token that is no header": (['data_api.token="luc_api two words"'], "must be visible ASCII without blanks"),
     "a token as print-config shows it": (["data_api.token=********"], "must be the token itself"),
     "a home directory": (["data_api.token_file=~/token", GIVEN], "must be written out"),
+    "a body that there is never room for": (
+        [
+            "data_api.max_body_bytes=2000000",
+            "intake.max_body_bytes=1048576",
+            "listen.max_buffered_bytes=1048576",
+        ],
+        "one body must fit into what is buffered: must be <= listen.max_buffered_bytes",
+    ),
     "a word that is easily missed": (
         ["data_api.anonymous=yes"],
         'must be "pass-through" or "serve-with-the-relays-token"',
