@@ -220,6 +220,8 @@ class Flights:
             headers = renewed_headers(kept, headers)
             answer = self._keep(ask, headers, kept.body, sent_at) if may_keep else None
             flight.is_stored = answer is not None and self._store_if_current(flight, ask, answer)
+            if answer is None:
+                self._forget_if_current(flight, ask)
             flight.begin(Head(200, headers, len(kept.body), 304))
             await flight.put(kept.body)
             return
@@ -249,7 +251,7 @@ class Flights:
         return flight.is_current and self._store.put(ask.caller.partition, ask.target, ask.fields, answer)
 
     def _forget_if_current(self, flight: Flight, ask: Ask) -> None:
-        """Forget what is kept: upstream says otherwise now, and that cannot be kept."""
+        """Forget what is kept: upstream says otherwise now, or that it may not be kept."""
         if flight.is_current:
             self._store.forget(ask.caller.partition, ask.target, ask.fields)
 

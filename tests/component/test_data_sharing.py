@@ -397,6 +397,21 @@ async def test_what_upstream_has_said_otherwise_is_not_served_again(newer: bytes
         assert await body_of(it, get()) == (b"three" if is_outdated else b"one")
 
 
+async def test_a_kept_answer_that_may_not_be_kept_any_more_is_not(autojump_clock: trio.testing.MockClock) -> None:
+    """A 304 that forbids to keep an answer is obeyed: it is passed on once more, and does not stand in for trouble."""
+    answers = [
+        answer(b"one", TAGGED),
+        b'HTTP/1.1 304 Not Modified\r\netag: "a"\r\ncache-control: no-store\r\n\r\n',
+        answer(b"down", status="503 Service Unavailable"),
+    ]
+    async with proxying(lambda _: answers.pop(0), stale_seconds=600) as it:
+        await it.ask(get())
+        await trio.sleep(20)
+        assert await body_of(it, get()) == b"one"
+        assert (await it.ask(get()))[0] == 503
+        assert it.data_api.statistics().cache_bytes == 0
+
+
 async def test_an_older_answer_does_not_take_a_newer_ones_place(autojump_clock: trio.testing.MockClock) -> None:
     """Of two answers on their way at once, the one that was asked for last is kept, whichever comes first."""
     old_read, may_answer = trio.Event(), trio.Event()
