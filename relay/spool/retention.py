@@ -70,8 +70,10 @@ class Retention:
         ).fetchall()
         old = [row for row in rows if row[2] < before or row[0] <= beyond]
         self._prune_after = old[-1][0] if len(old) == _PRUNE_STEP else 0
-        is_live = {session_id: self._is_live(session_id, before) for _, session_id, _ in old}
-        is_spooled = {session_id: self._is_spooled(session_id) for _, session_id, _ in old}
+        # Once a session, though it has many marks: each look may go through all that there is of it.
+        sessions = {session_id for _, session_id, _ in old}
+        is_live = {session_id: self._is_live(session_id, before) for session_id in sessions}
+        is_spooled = {session_id: self._is_spooled(session_id) for session_id in sessions}
         forgotten = 0
         for mark_id, session_id, _ in old:
             if is_spooled[session_id] or (is_live[session_id] and mark_id > beyond):
@@ -84,7 +86,12 @@ class Retention:
 
     def _is_live(self, session_id: int, since: float) -> bool:
         """Return whether anything of the session was accepted since then."""
-        found = self._one("SELECT 1 FROM mark WHERE session_id = ? AND accepted_at >= ? LIMIT 1", (session_id, since))
+        # Clients count up, so what came last is found at the end; from the beginning on, a session that is open for
+        # days has all its old marks in the way.
+        found = self._one(
+            "SELECT 1 FROM mark WHERE session_id = ? AND accepted_at >= ? ORDER BY block DESC LIMIT 1",
+            (session_id, since),
+        )
         return found is not None
 
     def _is_spooled(self, session_id: int) -> bool:

@@ -149,6 +149,29 @@ def test_pruning_gets_past_marks_that_must_stay(tmp_path: Path) -> None:
         assert [do(store, lambda: store.retention.prune(1.0, 1_000, 0.0)) for _ in range(2)] == [0, 1]
 
 
+@pytest.mark.parametrize("windows", [1, 1_500], ids=["open for days", "of many windows"])
+def test_pruning_looks_at_a_session_once(tmp_path: Path, windows: int) -> None:
+    """A session with many marks costs a step about as much as many sessions do: no commit waits for its past."""
+    looks = 0
+
+    def look() -> bool:
+        nonlocal looks
+        looks += 1
+        return False
+
+    with opened(tmp_path) as store:
+        for sequence in range(1_500):
+            append(store, make_body(window=f"w{sequence % windows}", sequence=sequence), at=float(sequence))
+        for window_id in range(1, windows + 1):
+            seal_all(store, window_id)
+        store._db.set_progress_handler(look, 1_000)
+        assert do(store, lambda: store.retention.prune(1_400.0, 10_000, 0.0)) == 0, "the session is live"
+        assert do(store, lambda: store.retention.prune(2_000.0, 10_000, 0.0)) == 500
+        store._db.set_progress_handler(None)
+    # In thousands of instructions; one look for each mark of a step would take ten thousand.
+    assert looks < 200
+
+
 def test_key_too_many_is_refused_until_another_is_forgotten(tmp_path: Path) -> None:
     """Invented keys cost a bounded number of rows."""
     with opened(tmp_path, max_keys=1) as store:
