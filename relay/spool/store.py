@@ -371,8 +371,10 @@ class Store(Transactions):
             self._db.execute("UPDATE session SET refusals = refusals + 1 WHERE id = ?", (sealed.session_id,))
         ends = self._recut(sealed, cut)
         if not ends:
+            # Not at the batch's number: what had that address may have been set aside as damaged.
+            [(start, *_)] = self._segments_of(sealed)
             self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
-            self.dead_letters.bury(sealed.window_id, sealed.sequence, status, answer, now)
+            self.dead_letters.bury(sealed.window_id, start, status, answer, now)
             return Refused((), sealed.event_count, self.dead_letters.shed(max_dead_bytes))
         rows = self._segments_of(sealed)
         parts = [

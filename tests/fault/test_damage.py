@@ -178,6 +178,31 @@ async def _unavailable(_: Arrival) -> Reply:
     return Reply(503, {}, b"")
 
 
+@pytest.mark.parametrize("status", [400, 413])
+async def test_what_damage_left_of_a_batch_may_be_refused_too(
+    tmp_path: Path, autojump_clock: MockClock, status: int
+) -> None:
+    """A batch whose first segment was set aside ends as any other that upstream refuses; its session goes on."""
+    upstream = FakeUpstream(_unavailable)
+    async with forwarding(tmp_path, upstream, make_config(linger_seconds=10)) as it:
+        for sequence in range(2):
+            await it.accept("a", "w", sequence)
+        await trio.sleep(11)
+        assert len(upstream.arrivals[0].batch.events) == 2
+        change(tmp_path, SQL["body changed"].format(body=1))
+    upstream.forget_bodies()
+
+    async def refuse(arrival: Arrival) -> Reply:
+        return Reply(status, {}, b"") if arrival.batch.sequence < 2 * 16_384 else OK
+
+    upstream.answer = refuse
+    async with forwarding(tmp_path, upstream, make_config()) as later:
+        await later.accept("a", "w", 2, flush="final")
+        await later.drained(600)
+        assert [(batch.sequence, batch.is_final) for batch in upstream.order] == [(2 * 16_384, True)]
+        assert_accounted(await later.spool.account(), accepted=3, delivered=1, dead_lettered=2, damaged=1)
+
+
 async def test_damaged_letters_keep_to_the_bound(tmp_path: Path, autojump_clock: MockClock) -> None:
     """Damage has no more room than other dead letters: beyond `spool.dead_letter_max_bytes` the oldest are shed."""
     async with forwarding(tmp_path, FakeUpstream(), make_config(), dead_letter_max_bytes=0) as it:
