@@ -49,20 +49,22 @@ class Retention:
         rows: Any = self._db.execute("SELECT id, paused_until FROM key WHERE paused_until > ?", (now,))
         return [Paused(*row) for row in rows]
 
-    def prune(self, before: float, max_marks: int, attempts_before: float) -> int:
-        """Forget a step's worth of old marks and attempts, and sessions of which nothing is left.
+    def forget_attempts(self, before: float) -> None:
+        """Forget the sends that began earlier than `before` (wall clock)."""
+        self._db.execute("DELETE FROM attempt WHERE at < ?", (before,))
+
+    def prune(self, before: float, max_marks: int) -> int:
+        """Forget a step's worth of old marks, and sessions of which nothing is left.
 
         Args:
             before: Marks accepted earlier than this (wall clock) go.
             max_marks: Marks beyond this number go too, the oldest first.
-            attempts_before: Attempts that began earlier than this go.
 
         Returns:
             The number of marks forgotten. By age a session's marks go together, once it is quiet: as long as it sends,
             another of its windows may use an old sequence, whose addresses must not be given out twice. Marks of a
             session with events in the spool, or among the dead letters, stay.
         """
-        self._db.execute("DELETE FROM attempt WHERE at < ?", (attempts_before,))
         beyond = self._one("SELECT coalesce(max(id), 0) FROM mark") - max_marks
         rows: Any = self._db.execute(
             "SELECT id, session_id, accepted_at FROM mark WHERE id > ? ORDER BY id LIMIT ?",

@@ -402,12 +402,24 @@ class Spool:
         """Forget old marks and attempts, and notice when a disk works again, until cancelled."""
         while True:
             await trio.sleep(_PRUNE_SECONDS)
-            try:
-                if self._capacity.failure:
-                    await self._step(self._store.try_disk)
-                self._marks_forgotten += await self._step(partial(self._prune, self._now()))
-            except SpoolUnavailable:
-                continue  # logged where the commit failed
+            for chore in (self._try_disk, self._forget_attempts, self._forget_marks):
+                try:
+                    await chore()
+                except SpoolDamaged:
+                    continue  # said once (`_note_damage`); the others may need no damaged page
+                except SpoolUnavailable:
+                    break  # logged where the commit failed
+
+    async def _try_disk(self) -> None:
+        if self._capacity.failure:
+            await self._step(self._store.try_disk)
+
+    async def _forget_attempts(self) -> None:
+        await self._step(partial(self._store.retention.forget_attempts, self._now() - _ATTEMPT_SECONDS))
+
+    async def _forget_marks(self) -> None:
+        before, max_marks = self._now() - self._settings.dedupe_seconds, self._settings.dedupe_max_marks
+        self._marks_forgotten += await self._step(partial(self._store.retention.prune, before, max_marks))
 
     async def shed_sessions(self) -> None:
         """Drop whole sessions whenever there is no room and the operator wants that, until cancelled."""
@@ -422,12 +434,6 @@ class Spool:
     def _announce_shed(self, shed: Shed | None) -> None:
         if shed is not None:
             self.on_shed(shed)
-
-    def _prune(self, now: float) -> int:
-        settings = self._settings
-        return self._store.retention.prune(
-            now - settings.dedupe_seconds, settings.dedupe_max_marks, now - _ATTEMPT_SECONDS
-        )
 
     async def close(self) -> None:
         """Commit what was submitted, as far as `_CLOSE_SECONDS` allow; whoever still waits is told that it was not."""

@@ -113,11 +113,11 @@ def test_marks_go_by_age_once_their_session_is_quiet(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         first = append(store, make_body(sequence=0), at=10.0)
         append(store, make_body(sequence=1), at=20.0)
-        assert do(store, lambda: store.retention.prune(30.0, 1_000, 0.0)) == 0, "events are spooled"
+        assert do(store, lambda: store.retention.prune(30.0, 1_000)) == 0, "events are spooled"
         seal_all(store, first.window_id)
-        assert do(store, lambda: store.retention.prune(15.0, 1_000, 0.0)) == 0, "the session is live"
+        assert do(store, lambda: store.retention.prune(15.0, 1_000)) == 0, "the session is live"
         assert append(store, make_body(sequence=0)).outcome == "repeated"
-        assert do(store, lambda: store.retention.prune(30.0, 1_000, 0.0)) == 2
+        assert do(store, lambda: store.retention.prune(30.0, 1_000)) == 2
         assert [count(store, table) for table in ("mark", "window", "session", "key", "envelope", "body")] == [0] * 6
         again = append(store, make_body(sequence=0), at=40.0)
         assert again.outcome == "stored"
@@ -133,7 +133,7 @@ def test_marks_go_by_number(tmp_path: Path) -> None:
             append(store, make_body(f"s{sequence}"))
         for window_id in range(1, 1_301):
             seal_all(store, window_id)
-        assert [do(store, lambda: store.retention.prune(-1.0, 100, 0.0)) for _ in range(4)] == [500, 500, 200, 0]
+        assert [do(store, lambda: store.retention.prune(-1.0, 100)) for _ in range(4)] == [500, 500, 200, 0]
         assert count(store, "mark") == count(store, "session") == count(store, "window") == 100
         assert append(store, make_body("s1299")).outcome == "repeated"
         assert append(store, make_body("s0")).outcome == "stored"
@@ -146,7 +146,7 @@ def test_pruning_gets_past_marks_that_must_stay(tmp_path: Path) -> None:
             append(store, make_body("spooled", sequence=sequence))
         gone = append(store, make_body("gone"))
         seal_all(store, gone.window_id)
-        assert [do(store, lambda: store.retention.prune(1.0, 1_000, 0.0)) for _ in range(2)] == [0, 1]
+        assert [do(store, lambda: store.retention.prune(1.0, 1_000)) for _ in range(2)] == [0, 1]
 
 
 @pytest.mark.parametrize("windows", [1, 1_500], ids=["open for days", "of many windows"])
@@ -165,8 +165,8 @@ def test_pruning_looks_at_a_session_once(tmp_path: Path, windows: int) -> None:
         for window_id in range(1, windows + 1):
             seal_all(store, window_id)
         store._db.set_progress_handler(look, 1_000)
-        assert do(store, lambda: store.retention.prune(1_400.0, 10_000, 0.0)) == 0, "the session is live"
-        assert do(store, lambda: store.retention.prune(2_000.0, 10_000, 0.0)) == 500
+        assert do(store, lambda: store.retention.prune(1_400.0, 10_000)) == 0, "the session is live"
+        assert do(store, lambda: store.retention.prune(2_000.0, 10_000)) == 500
         store._db.set_progress_handler(None)
     # In thousands of instructions; one look for each mark of a step would take ten thousand.
     assert looks < 200
@@ -179,7 +179,7 @@ def test_key_too_many_is_refused_until_another_is_forgotten(tmp_path: Path) -> N
         assert append(store, make_body(), key="luc_pk_b").outcome == "too_many_keys"
         assert append(store, make_body(sequence=1), key="luc_pk_a").outcome == "stored"
         seal_all(store, first.window_id)
-        do(store, lambda: store.retention.prune(1.0, 1_000, 0.0))
+        do(store, lambda: store.retention.prune(1.0, 1_000))
         assert append(store, make_body(), key="luc_pk_b").outcome == "stored"
 
 

@@ -270,7 +270,7 @@ class StoreMachine(RuleBasedStateMachine):
         remembered = {session for session, marks in self.marks.items() if marks}
         self.rows = {place: row for place, row in self.rows.items() if place[:2] in remembered | busy}
         self.shifts = {place: shift for place, shift in self.shifts.items() if place in self.rows}
-        assert self.store.transact([lambda: self.store.retention.prune(before, max_marks, before)]) == [forgotten]
+        assert self.store.transact([lambda: self.store.retention.prune(before, max_marks)]) == [forgotten]
 
     @rule(limits=st.sampled_from([LIMITS, *OTHER_LIMITS]))
     def crash(self, limits: Limits) -> None:

@@ -307,6 +307,27 @@ async def test_sessions_on_a_damaged_page_keep_no_other_from_being_shed(
         assert later.spool.statistics().damage
 
 
+async def test_damaged_marks_keep_neither_room_from_being_made_nor_sends_from_being_forgotten(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    """Housekeeping that meets a damaged page leaves out what needs it, and nothing else."""
+    database = tmp_path / schema.DATABASE_NAME
+    config = make_config(linger_seconds=100_000)
+    async with forwarding(tmp_path, FakeUpstream(), config) as it:
+        await it.accept("gone", flush="final")
+        await trio.sleep(1)
+        for number in range(1_500):
+            await it.accept(f"s{number}", events=[noise(number)])
+    ruin(database, page_of(database, "mark", 0))
+    shedding: dict[str, Any] = {"overflow": "shed-sessions", "max_bytes": 2_097_152, "min_free_bytes": 0}
+    async with forwarding(tmp_path, FakeUpstream(), config, **shedding) as later:
+        assert "spool.max_bytes" in later.spool.refusal
+        await trio.sleep(200)
+        assert later.spool.refusal == ""
+        assert later.spool.statistics().damage
+        assert later.spool._store._one("SELECT count(*) FROM attempt") == 0
+
+
 async def test_page_that_appends_need_refuses_those_and_says_so(tmp_path: Path, autojump_clock: MockClock) -> None:
     """Batches that need a damaged page are refused with the reason, which readiness tells; the relay goes on."""
     database = tmp_path / schema.DATABASE_NAME
