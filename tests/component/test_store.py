@@ -149,27 +149,34 @@ def test_pruning_gets_past_marks_that_must_stay(tmp_path: Path) -> None:
         assert [do(store, lambda: store.retention.prune(1.0, 1_000)) for _ in range(2)] == [0, 1]
 
 
+@contextmanager
+def counted(store: Store) -> Iterator[list[int]]:
+    """Count a store's work, in tens of SQLite's instructions."""
+    tens = [0]
+
+    def look() -> bool:
+        tens[0] += 1
+        return False
+
+    store._db.set_progress_handler(look, 10)
+    try:
+        yield tens
+    finally:
+        store._db.set_progress_handler(None)
+
+
 @pytest.mark.parametrize("windows", [1, 1_500], ids=["open for days", "of many windows"])
 def test_pruning_looks_at_a_session_once(tmp_path: Path, windows: int) -> None:
     """A session with many marks costs a step about as much as many sessions do: no commit waits for its past."""
-    looks = 0
-
-    def look() -> bool:
-        nonlocal looks
-        looks += 1
-        return False
-
     with opened(tmp_path) as store:
         for sequence in range(1_500):
             append(store, make_body(window=f"w{sequence % windows}", sequence=sequence), at=float(sequence))
         for window_id in range(1, windows + 1):
             seal_all(store, window_id)
-        store._db.set_progress_handler(look, 1_000)
-        assert do(store, lambda: store.retention.prune(1_400.0, 10_000)) == 0, "the session is live"
-        assert do(store, lambda: store.retention.prune(2_000.0, 10_000)) == 500
-        store._db.set_progress_handler(None)
-    # In thousands of instructions; one look for each mark of a step would take ten thousand.
-    assert looks < 200
+        with counted(store) as work:
+            assert do(store, lambda: store.retention.prune(1_400.0, 10_000)) == 0, "the session is live"
+            assert do(store, lambda: store.retention.prune(2_000.0, 10_000)) == 500
+    assert work[0] < 20_000, "a look for each mark of a step takes a million"
 
 
 def test_key_too_many_is_refused_until_another_is_forgotten(tmp_path: Path) -> None:
@@ -197,6 +204,23 @@ def test_windows_share_a_sequence_up_to_its_addresses(tmp_path: Path) -> None:
         sent = seal_all(store, first.window_id)
         assert [sequence for sequence, _, _ in sent] == [5 * 16_384 + start for start in range(0, 16_383, 500)]
         assert sum(events for _, _, events in sent) == 16_383
+
+
+def test_windows_beyond_number_cost_no_more_each(tmp_path: Path) -> None:
+    """A client that names a new window for every batch gets addresses of their own all the same, at a steady cost."""
+    with opened(tmp_path) as store:
+        costs = []
+        for window in range(2_001):
+            batch = make_batch(make_body(window=f"w{window}"))
+            with counted(store) as work:
+                assert do(store, lambda batch=batch: store.append(batch)).outcome == "stored"
+            costs.append(work[0])
+        assert max(costs[1_000:]) < 1.5 * max(costs[:500])
+        for window in (0, 300, 2_000):
+            assert append(store, make_body(window=f"w{window}")).outcome == "repeated"
+        assert append(store, make_body(window="w2000", sequence=1)).outcome == "stored"
+        sent = [sequence for window_id in range(1, 2_002) for sequence, _, _ in seal_all(store, window_id)]
+        assert len(set(sent)) == len(sent) == 2_001
 
 
 # -- a disk that refuses
