@@ -10,6 +10,7 @@ import trio
 from trio.testing import MockClock
 
 from relay.errors import ConnectFailed, ExchangeFailed
+from relay.forward.lane import Lane
 from relay.http.client import Reply
 from tests.accounting import assert_accounted
 from tests.component.batches import KEY, make_batch, make_body, make_event
@@ -349,6 +350,27 @@ async def test_more_windows_than_memory_holds(tmp_path: Path, autojump_clock: Mo
         await it.drained()
         it.assert_each_once()
     assert max(held) == 100
+
+
+async def test_other_keys_make_no_batch_dearer(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether there is room for a window is seen at its own lane, not at all others, as long as they hold little."""
+    looks = 0
+
+    def look(lane: Lane) -> int:
+        nonlocal looks
+        looks += 1
+        return len(lane._schedule)
+
+    async with forwarding(tmp_path, FakeUpstream(), make_config(linger_seconds=100)) as it:
+        for number in range(50):
+            await it.accept(f"s{number}", key=f"luc_pk_{number}")
+        with monkeypatch.context() as patch:
+            patch.setattr(Lane, "pending_windows", property(look))
+            await it.accept("another", key="luc_pk_0")
+        assert looks == 1
+        await it.drained(600)
 
 
 async def test_stuck_key_leaves_memory_to_the_others(tmp_path: Path, autojump_clock: MockClock) -> None:
