@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,10 @@ _MAX_GROUP_BYTES = 8_388_608
 
 _PRUNE_SECONDS = 1.0
 """Interval of housekeeping; 500 marks a second keep up with what a day's worth of full load leaves."""
+
+_LEAP_SECONDS = 60.0
+"""By more than this a wall clock does not run ahead, but was put forward: at the first word of a time server, or after
+the machine has slept. What was accepted before then looks older than it is."""
 
 _ATTEMPT_SECONDS = 120.0
 """Attempts are remembered for two of upstream's windows."""
@@ -123,6 +128,10 @@ class Spool:
         self._damage = ""
         self._segments_quarantined = 0
         self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
+        self._clock_lead = inf
+        """Of the wall clock before the monotonic one, when it was last looked at."""
+        self._no_age_before = -inf
+        """Until then (monotonic) nothing is forgotten for its age."""
         self.append_damage = ""
         """What kept the last batch from being stored where that was damage; no reason to refuse others."""
         self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
@@ -418,8 +427,18 @@ class Spool:
         await self._step(partial(self._store.retention.forget_attempts, self._now() - _ATTEMPT_SECONDS))
 
     async def _forget_marks(self) -> None:
-        before, max_marks = self._now() - self._settings.dedupe_seconds, self._settings.dedupe_max_marks
-        self._marks_forgotten += await self._step(partial(self._store.retention.prune, before, max_marks))
+        """Forget marks, but none for its age while the wall clock cannot tell that.
+
+        With its marks a session that still sends would lose its numbers: they would be given out once more.
+        """
+        now, keeps_seconds = trio.current_time(), self._settings.dedupe_seconds
+        lead = self._now() - now
+        if lead > self._clock_lead + _LEAP_SECONDS:
+            self._no_age_before = now + keeps_seconds
+        self._clock_lead = lead
+        before = -inf if now < self._no_age_before else self._now() - keeps_seconds
+        step = partial(self._store.retention.prune, before, self._settings.dedupe_max_marks)
+        self._marks_forgotten += await self._step(step)
 
     async def shed_sessions(self) -> None:
         """Drop whole sessions whenever there is no room and the operator wants that, until cancelled."""

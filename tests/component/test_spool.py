@@ -322,6 +322,40 @@ async def test_housekeeping_forgets_by_itself(tmp_path: Path, autojump_clock: Mo
         assert_accounted(await spool.account(), accepted=2, delivered=1)
 
 
+async def test_clock_that_is_put_forward_gives_no_number_out_twice(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """What a session has sent a moment ago is remembered, whatever the wall clock calls it; later it is forgotten."""
+    ahead = 0.0
+
+    def clock() -> float:
+        return wall_clock() + ahead
+
+    async def send(spool: Spool, window: str, sequence: int = 0) -> int | None:
+        appended = await spool.append(make_batch(make_body("s", window, sequence), accepted_at=clock()))
+        if appended.outcome == "repeated":
+            return None
+        load = await spool.seal(appended.window_id, ignore)
+        assert isinstance(load, Load)
+        await spool.settle(load.batch.batch_id)
+        return load.batch.sequence
+
+    async with opened_spool(tmp_path, now=clock, dedupe_seconds=3_600) as spool:
+        await trio.sleep(10)
+        assert await send(spool, "a") == 0
+        ahead = 5_000_000.0
+        await trio.sleep(10)
+        assert await send(spool, "a") is None, "it is a retry"
+        assert await send(spool, "b") == 1, "and 0 is upstream already"
+        ahead = 0.0
+        await trio.sleep(10)
+        assert await send(spool, "c") == 2
+        assert spool.statistics().marks_forgotten == 0
+        ahead = 5_000_000.0
+        await trio.sleep(3_590)
+        assert spool.statistics().marks_forgotten == 0
+        await trio.sleep(3_700)
+        assert spool.statistics().marks_forgotten == 3
+
+
 async def test_recent_sends_are_remembered_for_the_budget(tmp_path: Path, autojump_clock: MockClock) -> None:
     """Every send, first or repeated, is remembered over a restart for two of upstream's windows."""
     async with opened_spool(tmp_path) as spool:
