@@ -338,12 +338,19 @@ class Store(Transactions):
             keeps_bodies: Leave the bytes where they are, since a damaged page beside them does not let them go.
         """
         sealed, envelope_id, _ = self.leftovers.sealed(batch_id)
-        mine = (sealed.window_id, batch_id)
+        last = self._one("SELECT last_address FROM batch WHERE id = ?", (batch_id,))
+        mine = (sealed.window_id, sealed.sequence, last, batch_id)  # within bounds: the window may hold far more
         if not keeps_bodies:
             self._db.execute(
-                "DELETE FROM body WHERE id IN (SELECT body_id FROM segment WHERE window_id = ? AND batch_id = ?)", mine
+                "DELETE FROM body WHERE id IN (SELECT body_id FROM segment"
+                " WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id = ?)",
+                mine,
             )
-        deleted = self._all("DELETE FROM segment WHERE window_id = ? AND batch_id = ? RETURNING envelope_id", mine)
+        deleted = self._all(
+            "DELETE FROM segment WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id = ?"
+            " RETURNING envelope_id",
+            mine,
+        )
         self._db.execute("DELETE FROM batch WHERE id = ?", (batch_id,))
         self._db.execute("UPDATE session SET refusals = 0 WHERE id = ? AND refusals", (sealed.session_id,))
         self._count("delivered", sealed.event_count)

@@ -223,6 +223,20 @@ def test_windows_beyond_number_cost_no_more_each(tmp_path: Path) -> None:
         assert len(set(sent)) == len(sent) == 2_001
 
 
+def test_settling_costs_what_the_batch_has(tmp_path: Path) -> None:
+    """However much of a window is pending behind a batch, removing that costs no more."""
+    with opened(tmp_path, limits=Limits(2, 1_048_576)) as store:
+        costs = []
+        for sequence in range(0, 1_000, 100):
+            for later in range(sequence, sequence + 100):
+                window = append(store, make_body(sequence=later)).window_id
+            load = do(store, lambda window=window: store.seal(window, 0.0))
+            with counted(store) as work:
+                do(store, lambda load=load: store.settle(load.batch.batch_id))
+            costs.append(work[0])
+        assert costs[-1] < 1.5 * costs[0]
+
+
 # -- a disk that refuses
 
 
