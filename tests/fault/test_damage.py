@@ -174,6 +174,26 @@ async def test_wholly_damaged_sealed_batch_holds_nothing_up(tmp_path: Path, auto
         assert len(it.accepted) == 18
 
 
+async def test_key_of_which_nothing_is_left_is_refused_no_more(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Where damage takes the last batch of a held key, nothing is left to probe with: its clients are let in again."""
+
+    async def refuse(_: Arrival) -> Reply:
+        return Reply(401, {}, b"")
+
+    upstream = FakeUpstream(refuse)
+    async with forwarding(tmp_path, upstream, make_config()) as it:
+        await it.accept("a")
+        await trio.sleep(60)
+        assert it.forwarder.is_refused("luc_pk_test")
+        change(tmp_path, SQL["body missing"].format(body=1))
+        upstream.answer = FakeUpstream().answer
+        await trio.sleep(600)
+        assert not it.forwarder.is_refused("luc_pk_test")
+        await it.accept("b")
+        await it.drained(600)
+        assert_accounted(await it.spool.account(), accepted=2, delivered=1, damaged=1)
+
+
 async def _unavailable(_: Arrival) -> Reply:
     return Reply(503, {}, b"")
 
