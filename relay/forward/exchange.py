@@ -9,7 +9,7 @@ import msgspec
 
 from relay.errors import UpstreamError
 from relay.http.client import Reply
-from relay.protocol.fingerprint import redact
+from relay.protocol.fingerprint import fingerprint, redact
 from relay.protocol.verdict import Verdict, classify, parse_retry_after
 
 INGEST_TARGET = "/api/sdk/replay"
@@ -20,6 +20,10 @@ _LOGGED_BYTES = 300
 
 _KEPT_BYTES = 4_096
 """Of an answer, beside a dead letter: the issues of a handful of bad fields."""
+
+
+_SHORTEST_SECRET = 8
+"""Characters of a key. What is shorter keeps no secret, and may be part of many a word."""
 
 
 class Client(Protocol):
@@ -65,8 +69,15 @@ async def exchange(client: Client, key: str, body: bytes) -> Answer:
         return Answer(Verdict.RETRY, str(error))
     return Answer(
         classify(reply.status),
-        f"{reply.status} {reply.body[:_LOGGED_BYTES].decode('utf-8', 'replace')}",
+        f"{reply.status} {_readable(reply.body, key, _LOGGED_BYTES)}",
         reply.status,
-        redact(reply.body[:_KEPT_BYTES].decode("utf-8", "replace")),
+        _readable(reply.body, key, _KEPT_BYTES),
         reply.headers.get(b"retry-after", b""),
     )
+
+
+def _readable(answer: bytes, key: str, max_bytes: int) -> str:
+    """Return the beginning of an answer for people, without the key: some answers repeat the request."""
+    if len(key) >= _SHORTEST_SECRET:  # of whatever form: an ingest of one's own may have other keys
+        answer = answer.replace(key.encode(), fingerprint(key).encode())
+    return redact(answer[:max_bytes].decode("utf-8", "replace"))

@@ -239,5 +239,5 @@ class Forwarder:
                     log.warning("pending windows cannot be read", problem=str(error))
             for key_id in [key_id for key_id, lane in self._lanes.items() if lane.is_idle]:
                 self._scopes.pop(key_id).cancel()
-                # Nothing of a held key may be left to probe it with, if that was damaged; and no client would be let in.
+                # Of a held key nothing may be left to probe it with, if that was damaged; no client would be let in.
                 self._lanes.pop(key_id).release_key()

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from trio.testing import MockClock
 
 from relay.http.client import Reply
+from relay.protocol.fingerprint import fingerprint
 from relay.protocol.verdict import STATUS_VERDICTS, Verdict, classify
 from tests.accounting import assert_accounted
 from tests.component.batches import make_event
@@ -264,3 +265,28 @@ async def test_operator_releases_a_key(tmp_path: Path, autojump_clock: MockClock
         assert not it.forwarder.is_refused("luc_pk_test")
         assert await it.drained() < 1
         assert not it.forwarder.release_key(lane.key), "it is not held"
+
+
+@pytest.mark.parametrize("key", ["luc_pk_test", "one.of-another/kind:0123456789"])
+@pytest.mark.parametrize("status", [400, 401, 404, 413])
+async def test_key_that_an_answer_repeats_is_not_shown(
+    tmp_path: Path, autojump_clock: MockClock, key: str, status: int
+) -> None:
+    """What upstream says of the request is logged, and kept with dead letters, without the key, or a part of it."""
+    upstream = FakeUpstream()
+
+    async def repeat(arrival: Arrival) -> Reply:
+        upstream.answer = say_yes
+        return Reply(status, {}, b"%b: %b %b" % (b"x" * 270, arrival.key.encode(), arrival.key.encode()))
+
+    upstream.answer = repeat
+    with capture_logs() as lines:
+        async with forwarding(tmp_path, upstream, make_config()) as it:
+            await it.accept("a", key=key)
+            await it.drained(600)
+            letters = it.spool._store._all("SELECT answer FROM dead_letter")
+    shown = f"{lines} {letters}"
+    assert "xxx" in shown
+    assert fingerprint(key) in shown
+    assert key not in shown
+    assert key[:12] not in shown
