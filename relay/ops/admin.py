@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
+from msgspec import Meta
 
 from relay.errors import SpoolUnavailable
 from relay.http.message import Request, Response, error_response, json_response
 from relay.http.router import Route
 from relay.ops.exposition import CONTENT_TYPE, expose
+from relay.spool.values import LAST_ID
 from relay.telemetry import Histogram
 
 MAX_ORDER_BYTES = 1_048_576
@@ -29,7 +31,7 @@ MAX_ORDER_BYTES = 1_048_576
 class _Letters(msgspec.Struct, forbid_unknown_fields=True):
     """Which dead letters: those of these ids, or all."""
 
-    ids: list[int] | None
+    ids: list[Annotated[int, Meta(ge=0, le=LAST_ID)]] | None
 
 
 class _Key(msgspec.Struct, forbid_unknown_fields=True):

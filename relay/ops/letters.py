@@ -22,7 +22,7 @@ from relay.errors import SpoolLocked
 from relay.ops.inquiry import Unreachable, order
 from relay.protocol.codings import zstd_compress
 from relay.spool.dead_letters import read_content, read_letter, read_letters
-from relay.spool.values import DeadLetter
+from relay.spool.values import LAST_ID, DeadLetter
 from relay.spool.visit import move_dead_letters, reading
 
 _FRAME_BYTES = 4_194_304
@@ -63,13 +63,20 @@ def add_arguments(
 
     listing = declare("list", "List them, the oldest first.")
     listing.add_argument("--json", action="store_true", help="print one JSON object a line")
-    declare("show", "Print one with its batch, as JSON.").add_argument("id", type=int)
+    declare("show", "Print one with its batch, as JSON.").add_argument("id", type=_letter_id)
     export = declare("export", "Write all of them, with their batches and upstream's answers, as zstd JSONL.")
     export.add_argument("file", help="a new file, or - for standard output")
     for name, summary in (("resend", "Send them to upstream again."), ("purge", "Drop them for good.")):
         which = declare(name, summary).add_mutually_exclusive_group(required=True)
-        which.add_argument("ids", metavar="ID", type=int, nargs="*", default=[])
+        which.add_argument("ids", metavar="ID", type=_letter_id, nargs="*", default=[])
         which.add_argument("--all", action="store_true", help="all of them")
+
+
+def _letter_id(word: str) -> int:
+    letter_id = int(word)
+    if not 0 <= letter_id <= LAST_ID:
+        raise argparse.ArgumentTypeError(f"no dead letter can have the id {word}")
+    return letter_id
 
 
 def run(arguments: argparse.Namespace, config: Config) -> Iterator[str] | Failure:

@@ -13,6 +13,9 @@ from relay.protocol.reuse import Earlier, Known
 DAMAGED = 0
 """The status of a dead letter that upstream has not seen, since it is damaged on the disk (`quarantine.py`)."""
 
+LAST_ID = 2**63 - 1
+"""The greatest row id that there can be, in SQLite."""
+
 
 class NewSegment(msgspec.Struct, frozen=True, gc=False):
     """One compressed run of a client batch."""

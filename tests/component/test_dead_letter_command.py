@@ -132,6 +132,16 @@ def test_which_must_be_said(command: Command, action: str) -> None:
         assert ended.value.code == 2
 
 
+@pytest.mark.parametrize("action", ["show", "resend", "purge"])
+@pytest.mark.parametrize("word", ["one", "9223372036854775808"])
+def test_id_that_none_can_have_is_a_mistake(command: Command, directory: Path, action: str, word: str) -> None:
+    """An id that is no number, or beyond all that there are, is said to be a mistake, and none of the relay's."""
+    with pytest.raises(SystemExit) as ended:
+        command(action, word)
+    assert ended.value.code == 2
+    assert counters(directory) == (0, 3, 0)
+
+
 def test_locked_directory_leads_to_its_relay(command: Command, directory: Path) -> None:
     """Where the directory is in use, and nobody answers, nothing is changed and both are said."""
     lock = schema.lock_directory(directory)

@@ -86,5 +86,5 @@ async def test_orders_come_from_no_web_page(site: Site, path: str) -> None:
     relay = await site.start_relay()
     json_type = (("Content-Type", "application/json"),)
     assert (await ask(f"{relay.admin}{path}", "POST", body=b'{"ids":null}')).status == 415
-    for body in (b"", b"[]", b'{"ids":"all"}', b'{"all":true}'):
+    for body in (b"", b"[]", b'{"ids":"all"}', b'{"all":true}', b'{"ids":[9223372036854775808]}'):
         assert (await ask(f"{relay.admin}{path}", "POST", json_type, body)).status == 400
