@@ -393,7 +393,8 @@ class Spool:
                 self._capacity.note_commit(disk)
                 self._shedding.note_commit()
             self._groups.popleft()
-            for result in group.results:
+            shrink_damage, self._store.shrink_damage = self._store.shrink_damage, None
+            for result in (*group.results, shrink_damage):
                 if isinstance(result, SpoolDamaged):
                     self._note_damage(result)
             for announce, result in zip(group.announce, group.results, strict=True):

@@ -34,6 +34,10 @@ DAMAGE = (apsw.CorruptError, apsw.NotADBError)
 Step = Callable[[], Any]
 
 
+class _CannotShrink(Exception):
+    """A page that would have to be moved, for others to be given back, is damaged."""
+
+
 class Transactions:
     """The writer's connection.
 
@@ -49,6 +53,9 @@ class Transactions:
         """Of the counters, by this transaction."""
         self._has_shrunk = False
         """Whether pages were given back that the file still has."""
+        self._may_shrink = True
+        self.shrink_damage: SpoolDamaged | None = None
+        """Why no pages are given back any more, until somebody takes note of it and sets it to None."""
 
     def _reset(self) -> None:
         """Forget everything that a rolled-back transaction may have put into memory."""
@@ -89,6 +96,10 @@ class Transactions:
         except _DISK_ERRORS as error:
             self._undo()
             raise SpoolUnavailable(f"the disk refused a write: {error}") from error
+        except _CannotShrink as error:  # which is no step's fault, and must not keep them from being committed
+            self._undo()
+            self._may_shrink, self.shrink_damage = False, _damaged(error)
+            return self.transact(steps)
         except Exception as error:  # noqa: BLE001 - whatever a step raises is that step's result
             self._undo()
             if len(steps) == 1:
@@ -109,9 +120,12 @@ class Transactions:
         for name, delta in self._deltas.items():
             self._db.execute("UPDATE counter SET value = value + ? WHERE name = ?", (delta, name))
         free = self._db.pragma("freelist_count")
-        is_shrinking = free > _VACUUM_FLOOR_PAGES and free > self._db.pragma("page_count") // 4
+        is_shrinking = self._may_shrink and free > _VACUUM_FLOOR_PAGES and free > self._db.pragma("page_count") // 4
         if is_shrinking:
-            self._db.execute(f"PRAGMA incremental_vacuum({_VACUUM_STEP_PAGES})").fetchall()
+            try:
+                self._db.execute(f"PRAGMA incremental_vacuum({_VACUUM_STEP_PAGES})").fetchall()
+            except apsw.CorruptError as error:
+                raise _CannotShrink(str(error)) from error
         try:
             self._db.execute("COMMIT")
         except apsw.CorruptError:  # SQLite has rolled back

@@ -278,6 +278,29 @@ async def test_page_of_bodies_costs_what_was_on_it(tmp_path: Path, autojump_cloc
         await later.drained(600)
 
 
+async def test_page_that_would_have_to_be_moved_stays_where_it_is(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch, errors: Callable[[str], bool]
+) -> None:
+    """A damaged page at the end of the file keeps it from getting shorter, and nothing else: all is taken and sent."""
+    monkeypatch.setitem(Store._commit.__globals__, "_VACUUM_FLOOR_PAGES", 16)
+    database = tmp_path / schema.DATABASE_NAME
+    async with forwarding(tmp_path, FakeUpstream(_unavailable), make_config(linger_seconds=1_000)) as it:
+        for number in range(400):
+            await it.accept(f"s{number}", events=[noise(number)])
+    ruin(database, page_of(database, "body", -2))
+    async with forwarding(tmp_path, FakeUpstream(), make_config(requests_per_minute=0)) as later:
+        await later.drained(600)
+        for number in range(10):
+            await later.accept(f"new{number}")
+        await later.drained(600)
+        account = await later.spool.account()
+        assert 0 < account.damaged < 10
+        assert_accounted(account, accepted=410, delivered=410 - account.damaged)
+        assert later.forwarder.statistics().sessions_set_aside == 0
+        assert "malformed" in later.spool.statistics().damage
+        assert errors("spool is damaged: run lucent-relay spool verify")
+
+
 async def test_page_of_segments_sets_its_sessions_aside(
     tmp_path: Path, autojump_clock: MockClock, errors: Callable[[str], bool]
 ) -> None:
