@@ -28,6 +28,9 @@ _DISK_ERRORS = (
 )
 """What is no step's fault and may pass, the last where an operator's tool has the database locked for a moment."""
 
+_UNREADABLE = (apsw.SQLITE_IOERR_READ, apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_IOERR_DATA)
+"""Kinds of `IOError` that a place which the disk cannot read any more leads to, whatever else still works."""
+
 DAMAGE = (apsw.CorruptError, apsw.NotADBError)
 """What does not pass, and is met only by steps that need the damaged page."""
 
@@ -82,9 +85,10 @@ class Transactions:
         """Run steps in one transaction.
 
         Returns:
-            A result a step: what it returned, or the exception that it raised. Where a step raises, the group is
-            rolled back and each step run in a transaction of its own, so that one cannot spoil its neighbours; what
-            the disk refuses then is a result too, since other steps are on disk already.
+            A result a step: what it returned, or the exception that it raised, `SpoolDamaged` where it needs what
+            the disk cannot give. Where a step raises, the group is rolled back and each step run in a transaction of
+            its own, so that one cannot spoil its neighbours; what the disk refuses then is a result too, since other
+            steps are on disk already.
 
         Durability: on return, every step without an exception is on disk as `spool.durability` says.
 
@@ -95,7 +99,12 @@ class Transactions:
             return self._commit(steps)
         except _DISK_ERRORS as error:
             self._undo()
-            raise SpoolUnavailable(f"the disk refused a write: {error}") from error
+            if not _is_unreadable(error) or not self._takes_writes():
+                raise SpoolUnavailable(f"the disk refused a write: {error}") from error
+            # A disk that works, but for a place that one of the steps needs: that one fails every time, as by damage.
+            # What it needs is not set aside for that, since one day it may be read again.
+            if len(steps) == 1:
+                return [_damaged(error)]
         except _CannotShrink as error:  # which is no step's fault, and must not keep them from being committed
             self._undo()
             self._may_shrink, self.shrink_damage = False, _damaged(error)
@@ -105,6 +114,16 @@ class Transactions:
             if len(steps) == 1:
                 return [_damaged(error) if isinstance(error, DAMAGE) else error]
         return [self._alone(step) for step in steps]
+
+    def _takes_writes(self) -> bool:
+        """Return whether the disk takes a transaction that changes nothing."""
+        try:
+            with self._db:
+                self.try_disk()
+        except apsw.Error:
+            self._undo()
+            return False
+        return True
 
     def _alone(self, step: Step) -> Any:
         """Run one step of a group that was rolled back; returns its result or its exception."""
@@ -163,6 +182,10 @@ class Transactions:
     def try_disk(self) -> None:
         """Write something that changes nothing: fails where the disk refuses writes."""
         self._db.execute("UPDATE counter SET value = value")
+
+
+def _is_unreadable(error: Exception) -> bool:
+    return isinstance(error, apsw.IOError) and getattr(error, "extendedresult", 0) in _UNREADABLE
 
 
 def _damaged(error: Exception) -> SpoolDamaged:

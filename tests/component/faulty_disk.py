@@ -30,6 +30,8 @@ class FaultyDisk(apsw.VFS):
         self._refusals: dict[str, type[apsw.Error]] = {}
         self.refused = 0
         """Operations."""
+        self.unreadable = range(0)
+        """Places in a database that cannot be read any more, as one with a bad sector."""
         super().__init__(self.name, "")
 
     def xOpen(self, name: Any, flags: list[int]) -> _File:  # noqa: N802 - SQLite's
@@ -55,7 +57,14 @@ class FaultyDisk(apsw.VFS):
 class _File(apsw.VFSFile):
     def __init__(self, disk: FaultyDisk, name: Any, flags: list[int]) -> None:
         self._disk = disk
+        self._is_database = bool(flags[0] & apsw.SQLITE_OPEN_MAIN_DB)
         super().__init__("", name, flags)
+
+    def xRead(self, amount: int, offset: int) -> bytes:  # noqa: N802 - SQLite's
+        if self._is_database and offset in self._disk.unreadable:
+            self._disk.refused += 1
+            raise apsw.exception_for(apsw.SQLITE_IOERR_CORRUPTFS)
+        return super().xRead(amount, offset)
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802 - SQLite's
         self._disk.admit("write")

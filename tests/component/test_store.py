@@ -10,7 +10,7 @@ from typing import Any
 import apsw
 import pytest
 
-from relay.errors import SpoolLocked, SpoolSchemaMismatch, SpoolUnavailable
+from relay.errors import SpoolDamaged, SpoolLocked, SpoolSchemaMismatch, SpoolUnavailable
 from relay.protocol.cut import Limits
 from relay.spool import schema
 from relay.spool.account import read_account
@@ -272,6 +272,23 @@ def test_disk_that_fails_between_single_steps_fails_those_only(tmp_path: Path) -
         assert isinstance(stored, Appended)
         assert isinstance(failed, ValueError)
         assert isinstance(refused, SpoolUnavailable)
+
+
+def test_place_that_cannot_be_read_is_damage_on_a_disk_that_works(tmp_path: Path) -> None:
+    """It fails the step that needs it where the disk takes writes; where it takes none, the group is to come again."""
+
+    def read() -> None:
+        raise apsw.exception_for(apsw.SQLITE_IOERR_CORRUPTFS)
+
+    with opened(tmp_path) as store, pytest.MonkeyPatch.context() as patch:
+        stored, failed = store.transact([lambda: store.append(make_batch(make_body())), read])
+        assert isinstance(stored, Appended)
+        assert isinstance(failed, SpoolDamaged)
+        patch.setattr(store, "try_disk", read)
+        with pytest.raises(SpoolUnavailable) as refused:
+            store.transact([lambda: store.append(make_batch(make_body("other"))), read])
+        assert not isinstance(refused.value, SpoolDamaged)
+        assert count(store, "segment") == 1
 
 
 def test_full_disk_refuses_the_whole_group_and_recovers(tmp_path: Path) -> None:

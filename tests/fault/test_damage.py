@@ -26,6 +26,7 @@ from relay.spool.values import NewBatch
 from tests.accounting import assert_accounted
 from tests.component.batches import LIMITS, make_batch, make_body, make_event
 from tests.component.fake_upstream import OK, Arrival, FakeUpstream, Forwarding, forwarding, make_config
+from tests.component.faulty_disk import faulty_disk
 from tests.component.spooling import opened_spool, wall_clock
 
 PAGE_BYTES = 16_384
@@ -299,6 +300,40 @@ async def test_page_that_would_have_to_be_moved_stays_where_it_is(
         assert later.forwarder.statistics().sessions_set_aside == 0
         assert "malformed" in later.spool.statistics().damage
         assert errors("spool is damaged: run lucent-relay spool verify")
+
+
+async def test_bad_sector_costs_what_was_on_it(
+    tmp_path: Path, autojump_clock: MockClock, errors: Callable[[str], bool]
+) -> None:
+    """Where the disk cannot read a place, sessions that need it are set aside; nobody else is refused or waits."""
+    database = tmp_path / schema.DATABASE_NAME
+    with faulty_disk() as disk:
+        upstream = FakeUpstream(_unavailable)
+        async with forwarding(tmp_path, upstream, make_config(linger_seconds=1_000), vfs=disk.name) as it:
+            for number in range(400):
+                await it.accept(f"s{number}", events=events_of(f"s{number}", 20))
+        start = (page_of(database, "body", 1) - 1) * PAGE_BYTES
+        disk.unreadable = range(start, start + PAGE_BYTES)
+        config = make_config(requests_per_minute=0)
+        try:
+            async with forwarding(tmp_path, FakeUpstream(), config, vfs=disk.name) as later:
+                await trio.sleep(60)
+                delivered, aside = len(later.upstream.events()), later.forwarder.statistics().sessions_set_aside
+                assert 0 < aside < 200
+                assert delivered == 8_000 - 20 * aside
+                assert disk.refused
+                assert later.spool.statistics().failed_commits == 0
+                assert later.spool.refusal == ""
+                await later.accept("new")
+                await trio.sleep(60)
+                assert len(later.upstream.events()) == delivered + 1
+                assert (await later.spool.account()).damaged == 0, "one day it may be read again"
+        finally:
+            disk.unreadable = range(0)
+        assert errors("spool is damaged: run lucent-relay spool verify")
+        async with forwarding(tmp_path, FakeUpstream(), config, vfs=disk.name) as again:
+            await again.drained(600)
+            assert len(again.upstream.events()) == 20 * aside
 
 
 async def test_page_of_segments_sets_its_sessions_aside(
