@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -234,7 +234,8 @@ class Spool:
             reason=found.reason,
         )
         max_bytes = self._settings.dead_letter_max_bytes
-        self._tell_shed(await self._step(lambda: self._store.dead_letters.shed(max_bytes)))
+        with suppress(SpoolUnavailable):  # it is done by now, and the next letter makes room for this one too
+            self._tell_shed(await self._step(lambda: self._store.dead_letters.shed(max_bytes)))
         return quarantined
 
     async def settle(self, batch_id: int) -> None:

@@ -20,9 +20,10 @@ from relay.cli import main
 from relay.errors import SpoolDamaged, SpoolError
 from relay.http.client import Reply
 from relay.spool import schema
+from relay.spool.dead_letters import DeadLetters
 from relay.spool.quarantine import Unreadable
 from relay.spool.store import Store
-from relay.spool.values import NewBatch
+from relay.spool.values import Moved, NewBatch
 from tests.accounting import assert_accounted
 from tests.component.batches import LIMITS, make_batch, make_body, make_event
 from tests.component.fake_upstream import OK, Arrival, FakeUpstream, Forwarding, forwarding, make_config
@@ -222,6 +223,32 @@ async def test_what_damage_left_of_a_batch_may_be_refused_too(
         await later.drained(600)
         assert [(batch.sequence, batch.is_final) for batch in upstream.order] == [(2 * 16_384, True)]
         assert_accounted(await later.spool.account(), accepted=3, delivered=1, dead_lettered=2, damaged=1)
+
+
+async def test_disk_that_refuses_amid_setting_aside_parks_nothing(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a damaged batch is set aside, and the disk then refuses to make room for it, its session goes on."""
+    upstream = FakeUpstream(_unavailable)
+    async with forwarding(tmp_path, upstream, make_config(linger_seconds=0)) as it:
+        await it.accept("a")
+        await trio.sleep(1)
+    change(tmp_path, SQL["body missing"].format(body=1))
+    shed, refusals = DeadLetters.shed, [apsw.FullError("disk is full")]
+
+    def refuse(letters: DeadLetters, max_bytes: int) -> Moved:
+        if refusals:
+            raise refusals.pop()
+        return shed(letters, max_bytes)
+
+    monkeypatch.setattr(DeadLetters, "shed", refuse)
+    async with forwarding(tmp_path, FakeUpstream(), make_config()) as later:
+        await trio.sleep(5)
+        assert not refusals
+        await later.accept("a", "w", 1)
+        await later.drained(600)
+        assert later.forwarder.statistics().attempt_errors == 0
+        assert_accounted(await later.spool.account(), accepted=2, delivered=1, damaged=1)
 
 
 async def test_damaged_letters_keep_to_the_bound(tmp_path: Path, autojump_clock: MockClock) -> None:
