@@ -30,6 +30,11 @@ class Retention:
         self._prune_after = 0
         """Row of the mark at which the next call goes on."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last call of `prune` did its step's worth, and there may be more."""
+        return self._prune_after > 0
+
     def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
         row = self._db.execute(sql, bindings).fetchone()
         return None if row is None else row[0]

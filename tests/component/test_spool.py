@@ -322,6 +322,20 @@ async def test_housekeeping_forgets_by_itself(tmp_path: Path, autojump_clock: Mo
         assert_accounted(await spool.account(), accepted=2, delivered=1)
 
 
+async def test_marks_keep_to_their_number_however_many_come(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Far more batches in a second than one step of forgetting takes leave no more marks than there may be."""
+    async with opened_spool(tmp_path, dedupe_max_marks=100) as spool:
+        async with trio.open_nursery() as nursery:
+            for sequence in range(2_500):
+                batch = make_batch(make_body(sequence=sequence), accepted_at=wall_clock())
+                nursery.start_soon(spool.append, batch)
+        while isinstance(load := await spool.seal(1, ignore), Load):
+            await spool.settle(load.batch.batch_id)
+        assert spool.statistics().marks_forgotten == 0
+        await trio.sleep(1.5)
+        assert spool.statistics().marks_forgotten == 2_400
+
+
 async def test_clock_that_is_put_forward_gives_no_number_out_twice(tmp_path: Path, autojump_clock: MockClock) -> None:
     """What a session has sent a moment ago is remembered, whatever the wall clock calls it; later it is forgotten."""
     ahead = 0.0
