@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 
 import structlog
 import trio
@@ -30,6 +31,9 @@ from relay.spool.values import Appended, NewBatch, PendingWindow, Shed
 
 _PAGE_WINDOWS = 1_000
 """Windows read from disk at a time: 5 ms of the writer's at 30 segments each, in which no batch is acknowledged."""
+
+_MAX_PAGES = 20
+"""Of these read in a row that have nothing to take: 1% of the writer's time, and a million windows in ten minutes."""
 
 _KEEP_SECONDS = 10.0
 """Interval of looking for idle lanes and for windows that wait on disk."""
@@ -62,6 +66,8 @@ class Forwarder:
         """Whether this round of reading has left windows on disk."""
         self._read_after = 0
         """Row of the window at which reading goes on."""
+        self._has_taken = False
+        """Whether the last page that was read had a window to take."""
         self._stopping = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -150,12 +156,18 @@ class Forwarder:
             (await self._lane(batch.key_id)).restore(batch)
 
     async def _read_pending(self) -> None:
-        """Take windows from the disk into the schedules (rule 1): a page, and more while there is much room."""
-        await self._spool.read_pending(self._read_after, _PAGE_WINDOWS, self._note_pending)
-        while self._read_after and self._pending_windows() < self._config.forward.max_windows // 2:
+        """Take windows from the disk into the schedules (rule 1): a page, and more while there is much room.
+
+        Pages of nothing but what lanes have no room for are passed over, so that those behind them do not wait.
+        """
+        for pages in count(1):
             await self._spool.read_pending(self._read_after, _PAGE_WINDOWS, self._note_pending)
+            has_much_room = self._pending_windows() < self._config.forward.max_windows // 2
+            if not self._read_after or not (has_much_room or (not self._has_taken and pages < _MAX_PAGES)):
+                break
 
     def _note_pending(self, windows: list[PendingWindow]) -> None:
+        self._has_taken = False
         if self._stopping.is_set():
             return
         for window in windows:
@@ -164,6 +176,7 @@ class Forwarder:
                 continue
             if self._has_room(lane):
                 lane.add(window)
+                self._has_taken = True
             else:
                 self._skipped = True
         if len(windows) == _PAGE_WINDOWS:

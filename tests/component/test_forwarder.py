@@ -396,6 +396,26 @@ async def test_stuck_key_leaves_memory_to_the_others(tmp_path: Path, autojump_cl
         assert_accounted(await it.spool.account(), accepted=270, delivered=120)
 
 
+async def test_other_keys_are_not_behind_a_stuck_one_on_the_disk(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """After a start a key's backlog is found soon, though pages of what a refused key has lie before it."""
+
+    async def answer(arrival: Arrival) -> Reply:
+        return Reply(401, {}, b"") if arrival.key == "luc_pk_bad" else OK
+
+    config = make_config(requests_per_minute=0, max_windows=100, linger_seconds=100)
+    async with forwarding(tmp_path, FakeUpstream(answer), config) as it:
+        for number in range(8_000):
+            await it.accept(f"bad{number}", key="luc_pk_bad")
+        for number in range(10):
+            await it.accept(f"good{number}", key="luc_pk_good")
+    upstream = FakeUpstream(answer)
+    config = make_config(requests_per_minute=0, max_windows=100, linger_seconds=0.5)
+    async with forwarding(tmp_path, upstream, config) as later:
+        await trio.sleep(30)
+        assert sum(batch.session.startswith("good") for batch in upstream.order) == 10
+        assert later.forwarder.statistics().pending_windows <= 200
+
+
 @pytest.mark.parametrize("seed", range(4))
 async def test_erratic_upstream_gets_each_event_once(tmp_path: Path, autojump_clock: MockClock, seed: int) -> None:
     """Through errors, lost answers, limits and restarts, upstream has every event once, and the account says so."""
