@@ -102,7 +102,7 @@ class DeadLetters:
             self._bytes = int(self._one("SELECT coalesce(sum(bytes), 0) FROM dead_letter"))
         return self._bytes
 
-    def shed(self, max_bytes: int) -> Moved:
+    def shed(self, max_bytes: float) -> Moved:
         """Drop the oldest until the rest takes at most `max_bytes` (rule 3)."""
         letters = events = 0
         while self._used_bytes() > max_bytes:

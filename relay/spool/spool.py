@@ -250,8 +250,14 @@ class Spool:
 
     async def refuse(self, batch_id: int, cut: Recut, status: int, answer: str) -> Refused:
         """Cut a batch that upstream refuses into smaller ones, or make a dead letter of it: `Store.refuse`."""
-        max_bytes = self._settings.dead_letter_max_bytes
-        refused = await self._step(lambda: self._store.refuse(batch_id, cut, status, answer, self._now(), max_bytes))
+
+        def within(max_bytes: float) -> Refused:
+            return self._store.refuse(batch_id, cut, status, answer, self._now(), max_bytes)
+
+        try:
+            refused = await self._step(partial(within, self._settings.dead_letter_max_bytes))
+        except SpoolDamaged:  # perhaps of the oldest dead letter, which then cannot make room
+            refused = await self._step(partial(within, inf))
         self._tell_shed(refused.shed)
         return refused
 

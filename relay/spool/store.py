@@ -359,7 +359,7 @@ class Store(Transactions):
 
     # -- what upstream refuses
 
-    def refuse(self, batch_id: int, cut: Recut, status: int, answer: str, now: float, max_dead_bytes: int) -> Refused:
+    def refuse(self, batch_id: int, cut: Recut, status: int, answer: str, now: float, max_dead_bytes: float) -> Refused:
         """Cut a batch that upstream refuses into smaller ones, or make a dead letter of it where that helps no more.
 
         Nothing of the batch was stored upstream, so its number is free: the first part bears it again, and each other
@@ -371,7 +371,7 @@ class Store(Transactions):
             status: Upstream's.
             answer: The beginning of what upstream said.
             now: Wall clock.
-            max_dead_bytes: What dead letters may take; the oldest are shed.
+            max_dead_bytes: What dead letters may take; beyond it the oldest are shed. inf: nothing is.
         """
         sealed, _, _ = self.leftovers.sealed(batch_id)
         if cut == "alone":

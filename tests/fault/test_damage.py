@@ -236,7 +236,7 @@ async def test_disk_that_refuses_amid_setting_aside_parks_nothing(
     change(tmp_path, SQL["body missing"].format(body=1))
     shed, refusals = DeadLetters.shed, [apsw.FullError("disk is full")]
 
-    def refuse(letters: DeadLetters, max_bytes: int) -> Moved:
+    def refuse(letters: DeadLetters, max_bytes: float) -> Moved:
         if refusals:
             raise refusals.pop()
         return shed(letters, max_bytes)
@@ -249,6 +249,26 @@ async def test_disk_that_refuses_amid_setting_aside_parks_nothing(
         await later.drained(600)
         assert later.forwarder.statistics().attempt_errors == 0
         assert_accounted(await later.spool.account(), accepted=2, delivered=1, damaged=1)
+
+
+async def test_damaged_letter_that_cannot_go_parks_no_session(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Where the oldest dead letters, on a damaged page, cannot make room for others, these are kept all the same."""
+    database = tmp_path / schema.DATABASE_NAME
+
+    async def refuse(_: Arrival) -> Reply:
+        return Reply(400, {}, b"")
+
+    config = make_config(requests_per_minute=0)
+    async with forwarding(tmp_path, FakeUpstream(refuse), config) as it:
+        for number in range(40):
+            await it.accept(f"s{number}", events=[noise(number)])
+        await it.drained(600)
+    ruin(database, page_of(database, "body", 0))
+    async with forwarding(tmp_path, FakeUpstream(refuse), config, dead_letter_max_bytes=1_000) as later:
+        await later.accept("new", events=[noise(50)])
+        await later.drained(60)
+        assert later.forwarder.statistics().sessions_set_aside == 0
+        assert_accounted(await later.spool.account(), accepted=41, delivered=0, dead_letters=41)
 
 
 async def test_damaged_letters_keep_to_the_bound(tmp_path: Path, autojump_clock: MockClock) -> None:
