@@ -42,7 +42,7 @@ from relay.spool.shedding import Shedding
 from relay.spool.store import Store
 from relay.spool.threads import Run as Run
 from relay.spool.threads import run_in_thread as run_in_thread
-from relay.spool.transactions import DAMAGE, Step
+from relay.spool.transactions import DAMAGE, Step, is_unreadable
 from relay.spool.values import (
     Account,
     Appended,
@@ -337,7 +337,8 @@ class Spool:
         except DAMAGE as error:
             raise SpoolDamaged(f"the spool is damaged: {error}") from error
         except apsw.Error as error:
-            raise SpoolUnavailable(f"the disk refused a read: {error}") from error
+            kind = SpoolDamaged if is_unreadable(error) else SpoolUnavailable
+            raise kind(f"the disk refused a read: {error}") from error
 
     def statistics(self) -> SpoolStatistics:
         """Return counters and the state of the disk."""

@@ -99,7 +99,7 @@ class Transactions:
             return self._commit(steps)
         except _DISK_ERRORS as error:
             self._undo()
-            if not _is_unreadable(error) or not self._takes_writes():
+            if not is_unreadable(error) or not self._takes_writes():
                 raise SpoolUnavailable(f"the disk refused a write: {error}") from error
             # A disk that works, but for a place that one of the steps needs: that one fails every time, as by damage.
             # What it needs is not set aside for that, since one day it may be read again.
@@ -184,7 +184,8 @@ class Transactions:
         self._db.execute("UPDATE counter SET value = value")
 
 
-def _is_unreadable(error: Exception) -> bool:
+def is_unreadable(error: Exception) -> bool:
+    """Return whether an error is about one place that the disk cannot read."""
     return isinstance(error, apsw.IOError) and getattr(error, "extendedresult", 0) in _UNREADABLE
 
 

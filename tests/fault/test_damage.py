@@ -383,6 +383,20 @@ async def test_bad_sector_costs_what_was_on_it(
             assert len(again.upstream.events()) == 20 * aside
 
 
+async def test_account_on_a_bad_sector_is_said_to_be_damaged(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """Where it cannot be read that is told as of a damaged page, beside which all other figures are shown."""
+    with faulty_disk() as disk:
+        async with opened_spool(tmp_path, vfs=disk.name) as spool:
+            for number in range(400):
+                await spool.append(batch_of(f"s{number}"))
+        start = (page_of(tmp_path / schema.DATABASE_NAME, "segment", 1) - 1) * PAGE_BYTES
+        async with opened_spool(tmp_path, vfs=disk.name) as spool:
+            disk.unreadable = range(start, start + PAGE_BYTES)
+            with pytest.raises(SpoolDamaged, match="refused a read"):
+                await spool.account()
+            assert spool.statistics().damage
+
+
 async def test_page_of_segments_sets_its_sessions_aside(
     tmp_path: Path, autojump_clock: MockClock, errors: Callable[[str], bool]
 ) -> None:
