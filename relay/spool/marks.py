@@ -38,9 +38,9 @@ _MAX_EARLIER = 16
 uses a single sequence for everything; it must not cost more with every batch."""
 
 _MAX_IN_BLOCK = 256
-"""Batches in one block, before others are numbered behind the session, which looks at 20 µs' worth of marks. Each tab
-of a session has its own batch in a block; a client that names a new window for each batch has all of them in one, and
-must not cost more with every batch either."""
+"""Batches in one block, looked through in 0.1 ms, before others are numbered behind the session. Each tab of a session
+has its own batch in a block; a client that names a new window for each batch has all of them in one, and must not cost
+more with every batch either."""
 
 _IN_BLOCK = (
     "SELECT window_id, first_index, events FROM mark WHERE session_id = ? AND block = ?"  # noqa: S608 - our number
