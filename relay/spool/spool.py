@@ -34,6 +34,7 @@ from relay.spool import schema
 from relay.spool.account import read_account
 from relay.spool.capacity import Capacity, open_database
 from relay.spool.dead_letters import LETTERS_A_STEP, letter_ids
+from relay.spool.forgetting import ATTEMPT_SECONDS, Forgetting
 from relay.spool.marks import read_events
 from relay.spool.overflow import oldest_sessions
 from relay.spool.quarantine import Unreadable
@@ -42,7 +43,7 @@ from relay.spool.shedding import Shedding
 from relay.spool.store import Store
 from relay.spool.threads import Run as Run
 from relay.spool.threads import run_in_thread as run_in_thread
-from relay.spool.transactions import DAMAGE, Step, is_unreadable
+from relay.spool.transactions import Step, read
 from relay.spool.values import (
     Account,
     Appended,
@@ -70,16 +71,6 @@ _MAX_GROUP_BYTES = 8_388_608
 
 _PRUNE_SECONDS = 1.0
 """Interval of housekeeping."""
-
-_PRUNE_STEPS = 20
-"""Steps of forgetting in an interval, each a commit's: 10 000 marks, as many as full load makes in that time."""
-
-_LEAP_SECONDS = 60.0
-"""By more than this a wall clock does not run ahead, but was put forward: at the first word of a time server, or after
-the machine has slept. What was accepted before then looks older than it is."""
-
-_ATTEMPT_SECONDS = 120.0
-"""Attempts are remembered for two of upstream's windows."""
 
 _CLOSE_SECONDS = 10.0
 """Time for the last commits; a disk that takes longer is not waited for, since nobody was answered for them."""
@@ -130,11 +121,8 @@ class Spool:
         self._shedding = Shedding(lambda: self._capacity.is_tight, self._oldest_sessions, self._shed)
         self._damage = ""
         self._segments_quarantined = 0
-        self._commits = self._steps = self._failed_commits = self._marks_forgotten = 0
-        self._clock_lead = inf
-        """Of the wall clock before the monotonic one, when it was last looked at."""
-        self._no_age_before = -inf
-        """Until then (monotonic) nothing is forgotten for its age."""
+        self._commits = self._steps = self._failed_commits = 0
+        self._forgetting = Forgetting(store.retention, settings, now, self._step)
         self.append_damage = ""
         """What kept the last batch from being stored where that was damage; no reason to refuse others."""
         self.on_appended: Callable[[Appended, NewBatch], None] = lambda _appended, _batch: None
@@ -250,14 +238,11 @@ class Spool:
 
     async def refuse(self, batch_id: int, cut: Recut, status: int, answer: str) -> Refused:
         """Cut a batch that upstream refuses into smaller ones, or make a dead letter of it: `Store.refuse`."""
-
-        def within(max_bytes: float) -> Refused:
-            return self._store.refuse(batch_id, cut, status, answer, self._now(), max_bytes)
-
+        refuse: Callable[[float], Refused] = partial(self._store.refuse, batch_id, cut, status, answer, self._now())
         try:
-            refused = await self._step(partial(within, self._settings.dead_letter_max_bytes))
+            refused = await self._step(partial(refuse, self._settings.dead_letter_max_bytes))
         except SpoolDamaged:  # perhaps of the oldest dead letter, which then cannot make room
-            refused = await self._step(partial(within, inf))
+            refused = await self._step(partial(refuse, inf))
         self._tell_shed(refused.shed)
         return refused
 
@@ -305,7 +290,7 @@ class Spool:
 
     async def recent_attempts(self) -> list[Recent]:
         """Return the sends that still count against a budget."""
-        return await self._step(lambda: self._store.retention.recent_attempts(self._now() - _ATTEMPT_SECONDS))
+        return await self._step(lambda: self._store.retention.recent_attempts(self._now() - ATTEMPT_SECONDS))
 
     async def pause_key(self, key_id: int, until: float) -> None:
         """Remember, for a restart, that upstream wants nothing of a key before `until` (wall clock)."""
@@ -324,21 +309,11 @@ class Spool:
     async def _read(self, call: Callable[[], T]) -> T:
         async with self._reading:
             try:
-                result: T = await self._run(partial(self._try, call))
+                result: T = await self._run(partial(read, call))
             except SpoolDamaged as error:
                 self._note_damage(error)
                 raise
         return result
-
-    @staticmethod
-    def _try(call: Callable[[], T]) -> T:
-        try:
-            return call()
-        except DAMAGE as error:
-            raise SpoolDamaged(f"the spool is damaged: {error}") from error
-        except apsw.Error as error:
-            kind = SpoolDamaged if is_unreadable(error) else SpoolUnavailable
-            raise kind(f"the disk refused a read: {error}") from error
 
     def statistics(self) -> SpoolStatistics:
         """Return counters and the state of the disk."""
@@ -348,7 +323,7 @@ class Spool:
             failed_commits=self._failed_commits,
             used_bytes=self._capacity.disk.used_bytes,
             free_bytes=self._capacity.disk.free_bytes,
-            marks_forgotten=self._marks_forgotten,
+            marks_forgotten=self._forgetting.marks_forgotten,
             segments_quarantined=self._segments_quarantined,
             damage=self._damage,
             refusal=self.refusal,
@@ -421,9 +396,10 @@ class Spool:
 
     async def keep_house(self) -> None:
         """Forget old marks and attempts, and notice when a disk works again, until cancelled."""
+        chores = (self._try_disk, self._forgetting.forget_attempts, self._forgetting.forget_marks)
         while True:
             await trio.sleep(_PRUNE_SECONDS)
-            for chore in (self._try_disk, self._forget_attempts, self._forget_marks):
+            for chore in chores:
                 try:
                     await chore()
                 except SpoolDamaged:
@@ -434,27 +410,6 @@ class Spool:
     async def _try_disk(self) -> None:
         if self._capacity.failure:
             await self._step(self._store.try_disk)
-
-    async def _forget_attempts(self) -> None:
-        await self._step(partial(self._store.retention.forget_attempts, self._now() - _ATTEMPT_SECONDS))
-
-    async def _forget_marks(self) -> None:
-        """Forget marks, but none for its age while the wall clock cannot tell that.
-
-        With its marks a session that still sends would lose its numbers: they would be given out once more.
-        """
-        now, keeps_seconds = trio.current_time(), self._settings.dedupe_seconds
-        lead = self._now() - now
-        if lead > self._clock_lead + _LEAP_SECONDS:
-            self._no_age_before = now + keeps_seconds
-        self._clock_lead = lead
-        before = -inf if now < self._no_age_before else self._now() - keeps_seconds
-        retention = self._store.retention
-        for _ in range(_PRUNE_STEPS):
-            step = partial(retention.prune, before, self._settings.dedupe_max_marks)
-            self._marks_forgotten += await self._step(step)
-            if not retention.is_behind:
-                break
 
     async def shed_sessions(self) -> None:
         """Drop whole sessions whenever there is no room and the operator wants that, until cancelled."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
 
@@ -33,6 +33,8 @@ _UNREADABLE = (apsw.SQLITE_IOERR_READ, apsw.SQLITE_IOERR_CORRUPTFS, apsw.SQLITE_
 
 DAMAGE = (apsw.CorruptError, apsw.NotADBError)
 """What does not pass, and is met only by steps that need the damaged page."""
+
+T = TypeVar("T")
 
 Step = Callable[[], Any]
 
@@ -99,7 +101,7 @@ class Transactions:
             return self._commit(steps)
         except _DISK_ERRORS as error:
             self._undo()
-            if not is_unreadable(error) or not self._takes_writes():
+            if not _is_unreadable(error) or not self._takes_writes():
                 raise SpoolUnavailable(f"the disk refused a write: {error}") from error
             # A disk that works, but for a place that one of the steps needs: that one fails every time, as by damage.
             # What it needs is not set aside for that, since one day it may be read again.
@@ -184,9 +186,25 @@ class Transactions:
         self._db.execute("UPDATE counter SET value = value")
 
 
-def is_unreadable(error: Exception) -> bool:
+def _is_unreadable(error: Exception) -> bool:
     """Return whether an error is about one place that the disk cannot read."""
     return isinstance(error, apsw.IOError) and getattr(error, "extendedresult", 0) in _UNREADABLE
+
+
+def read(call: Callable[[], T]) -> T:
+    """Return what a call on a reading connection returns.
+
+    Raises:
+        SpoolDamaged: What it needs lies on a damaged page, or where the disk cannot read.
+        SpoolUnavailable: The disk refused.
+    """
+    try:
+        return call()
+    except DAMAGE as error:
+        raise _damaged(error) from error
+    except apsw.Error as error:
+        kind = SpoolDamaged if _is_unreadable(error) else SpoolUnavailable
+        raise kind(f"the disk refused a read: {error}") from error
 
 
 def _damaged(error: Exception) -> SpoolDamaged:
