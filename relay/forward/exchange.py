@@ -21,7 +21,6 @@ _LOGGED_BYTES = 300
 _KEPT_BYTES = 4_096
 """Of an answer, beside a dead letter: the issues of a handful of bad fields."""
 
-
 _SHORTEST_SECRET = 8
 """Characters of a key. What is shorter keeps no secret, and may be part of many a word."""
 
