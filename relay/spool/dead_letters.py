@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import apsw
@@ -20,6 +21,7 @@ from relay.protocol.codings import inflate_segment
 from relay.protocol.cut import body_prefix, body_suffix, parting
 from relay.protocol.fingerprint import fingerprint
 from relay.protocol.replay import Envelope
+from relay.spool.rows import first_value
 from relay.spool.segments import Segments
 from relay.spool.values import DAMAGED, DeadLetter, Moved, PendingWindow
 
@@ -46,6 +48,7 @@ class DeadLetters:
 
     def __init__(self, connection: apsw.Connection, segments: Segments, count: Callable[[str, int], None]) -> None:
         self._db = connection
+        self._one = partial(first_value, connection)
         self._segments = segments
         self._count = count
         self.reset()
@@ -54,10 +57,6 @@ class DeadLetters:
         """Forget everything that a rolled-back transaction may have put into memory."""
         self._bytes: int | None = None
         """What they take; None where the disk has to be asked."""
-
-    def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
-        row = self._db.execute(sql, bindings).fetchone()
-        return None if row is None else row[0]
 
     def bury(self, window_id: int, address: int, status: int, answer: str, now: float) -> None:
         """Make a dead letter of a segment.

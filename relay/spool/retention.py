@@ -6,10 +6,12 @@ Steps of a group, like those of `Store`. Each call does a bounded amount of work
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import apsw
 
+from relay.spool.rows import first_value
 from relay.spool.values import Paused, Recent
 
 _PRUNE_STEP = 500
@@ -26,6 +28,7 @@ class Retention:
 
     def __init__(self, connection: apsw.Connection, on_forgotten: Callable[[], None]) -> None:
         self._db = connection
+        self._one = partial(first_value, connection)
         self._on_forgotten = on_forgotten
         self._prune_after = 0
         """Row of the mark at which the next call goes on."""
@@ -34,10 +37,6 @@ class Retention:
     def is_behind(self) -> bool:
         """Whether the last call of `prune` did its step's worth, and there may be more."""
         return self._prune_after > 0
-
-    def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
-        row = self._db.execute(sql, bindings).fetchone()
-        return None if row is None else row[0]
 
     def recent_attempts(self, since: float) -> list[Recent]:
         """Return the sends that began after `since`, and forget the others."""

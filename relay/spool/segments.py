@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import apsw
@@ -16,6 +17,7 @@ from relay.protocol.cut import Cut, Likeness, Limits, Parting, cut_runs, take_pa
 from relay.protocol.node_json import split_events
 from relay.protocol.replay import ClientBatch, Envelope
 from relay.protocol.reuse import Known, rest_of
+from relay.spool.rows import first_value
 from relay.spool.values import NewBatch, NewSegment
 
 _CACHE_ENTRIES = 5_000
@@ -80,6 +82,7 @@ class Segments:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._db = connection
+        self._one = partial(first_value, connection)
         self._deflater = SegmentDeflater()
         self.reset()
 
@@ -88,10 +91,6 @@ class Segments:
         self._envelopes: OrderedDict[tuple[int, bytes], tuple[int, Likeness]] = OrderedDict()
         self._next_body = 0
         """Row of the next body; 0 where the disk has to be asked."""
-
-    def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
-        row = self._db.execute(sql, bindings).fetchone()
-        return None if row is None else row[0]
 
     # -- envelopes
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import apsw
 
 from relay.errors import SpoolDamaged, SpoolUnavailable
 from relay.spool.reserve import Reserve, carry_over
+from relay.spool.rows import first_value
 from relay.spool.schema import free_bytes
 
 _VACUUM_FLOOR_PAGES = 2_048
@@ -52,6 +54,7 @@ class Transactions:
 
     def __init__(self, connection: apsw.Connection) -> None:
         self._db = connection
+        self._one = partial(first_value, connection)
         self.path = Path(connection.filename)
         """Of the database."""
         self._deltas: dict[str, int] = {}
@@ -73,11 +76,6 @@ class Transactions:
         row: tuple[Any, ...]
         (row,) = self._db.execute(sql, bindings)
         return row
-
-    def _one(self, sql: str, bindings: tuple[Any, ...] = ()) -> Any:
-        """Return the first column of the first row, None where there is no row."""
-        row = self._db.execute(sql, bindings).fetchone()
-        return None if row is None else row[0]
 
     def close(self) -> None:
         """Close the connection; SQLite checkpoints its log."""
