@@ -91,22 +91,20 @@ class Leftovers:
             LookupError: Rows of it are missing.
         """
         batch: Any = self._db.execute(
-            "SELECT key_id, session_id, window_id, address, envelope_id, last_activity, is_final, events, last_address"
+            "SELECT key_id, session_id, window_id, address, last_address, events, envelope_id, last_activity, is_final"
             " FROM batch JOIN session ON session.id = session_id WHERE batch.id = ?",
             (batch_id,),
         ).fetchone()
         if batch is None:
             raise LookupError(f"batch {batch_id} is not there")
-        key_id, session_id, window_id, sequence, envelope_id, last_activity, is_final, events, last = batch
+        *place, events, envelope_id, last_activity, is_final = batch
         sums: Any = self._db.execute(
             "SELECT count(*), count(DISTINCT envelope_id), sum(events_bytes), sum(deflated_bytes), sum(is_final),"
             " min(accepted_at) FROM segment WHERE window_id = ? AND address BETWEEN ? AND ? AND batch_id = ?",
-            (window_id, sequence, last, batch_id),
+            (*place[2:], batch_id),
         ).fetchone()
         if sums[0] == 0:
             raise LookupError(f"the segments of batch {batch_id} are not there")
         *sizes, finals, oldest_at = sums
-        sealed = SealedBatch(
-            *(batch_id, key_id, session_id, window_id, sequence, events, *sizes, finals, bool(is_final), oldest_at)
-        )
+        sealed = SealedBatch(*(batch_id, *place, events, *sizes, finals, bool(is_final), oldest_at))
         return sealed, envelope_id, last_activity

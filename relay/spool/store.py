@@ -338,8 +338,8 @@ class Store(Transactions):
             keeps_bodies: Leave the bytes where they are, since a damaged page beside them does not let them go.
         """
         sealed, envelope_id, _ = self.leftovers.sealed(batch_id)
-        last = self._one("SELECT last_address FROM batch WHERE id = ?", (batch_id,))
-        mine = (sealed.window_id, sealed.sequence, last, batch_id)  # within bounds: the window may hold far more
+        # Within bounds: the window may hold far more.
+        mine = (sealed.window_id, sealed.sequence, sealed.last_address, batch_id)
         if not keeps_bodies:
             self._db.execute(
                 "DELETE FROM body WHERE id IN (SELECT body_id FROM segment"

@@ -126,6 +126,8 @@ class SealedBatch(msgspec.Struct, frozen=True, gc=False):
     window_id: int
     sequence: int
     """The address it bears upstream."""
+    last_address: int
+    """Of its last segment, as it was cut."""
     event_count: int
     """Events in it."""
     segment_count: int
