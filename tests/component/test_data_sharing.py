@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -41,6 +42,35 @@ async def body_of(it: Proxying, request: bytes) -> bytes:
 
 
 # -- shared
+
+
+@asynccontextmanager
+async def overtaken_read() -> AsyncIterator[tuple[Proxying, Callable[[], Awaitable[bytes]]]]:
+    """Give a proxy of which a read is on its way while later ones are answered "new", and what lets that one end."""
+    is_read, may_answer = trio.Event(), trio.Event()
+
+    async def slow(peer: FakePeer) -> None:
+        await peer.read_request()
+        is_read.set()
+        await may_answer.wait()
+        await peer.send(answer(b"old", FRESH))
+        await peer.wait_closed()
+
+    async def quick(peer: FakePeer) -> None:
+        while await peer.read_request():
+            await peer.send(answer(b"new", FRESH))
+
+    async with proxying(None, slow, quick) as it:
+        first = it.connect()
+        await first.send(get())
+        await is_read.wait()
+
+        async def finish() -> bytes:
+            may_answer.set()
+            return (await first.read())[2]
+
+        yield it, finish
+        await first.aclose()
 
 
 async def test_identical_reads_at_once_are_one_request(autojump_clock: trio.testing.MockClock) -> None:
@@ -414,29 +444,11 @@ async def test_a_kept_answer_that_may_not_be_kept_any_more_is_not(autojump_clock
 
 async def test_an_older_answer_does_not_take_a_newer_ones_place(autojump_clock: trio.testing.MockClock) -> None:
     """Of two answers on their way at once, the one that was asked for last is kept, whichever comes first."""
-    old_read, may_answer = trio.Event(), trio.Event()
-
-    async def slow(peer: FakePeer) -> None:
-        await peer.read_request()
-        old_read.set()
-        await may_answer.wait()
-        await peer.send(answer(b"old", FRESH))
-        await peer.wait_closed()
-
-    async def quick(peer: FakePeer) -> None:
-        while await peer.read_request():
-            await peer.send(answer(b"new", FRESH))
-
-    async with proxying(None, slow, quick) as it:
-        first = it.connect()
-        await first.send(get())
-        await old_read.wait()
+    async with overtaken_read() as (it, finish):
         await trio.sleep(1)
         assert await body_of(it, get(ISSUES, "Cache-Control: no-cache")) == b"new"
-        may_answer.set()
-        assert (await first.read())[2] == b"old"
+        assert await finish() == b"old"
         assert await body_of(it, get()) == b"new"
-        await first.aclose()
 
 
 # -- changed
@@ -515,29 +527,11 @@ async def test_a_refused_second_attempt_says_nothing_of_the_first() -> None:
 
 async def test_a_read_that_began_before_a_change_does_not_outlive_it(autojump_clock: trio.testing.MockClock) -> None:
     """A read under way when a change is made is neither kept nor joined afterwards: what was written is read."""
-    old_read, may_answer = trio.Event(), trio.Event()
-
-    async def slow(peer: FakePeer) -> None:
-        await peer.read_request()
-        old_read.set()
-        await may_answer.wait()
-        await peer.send(answer(b"old", FRESH))
-        await peer.wait_closed()
-
-    async def quick(peer: FakePeer) -> None:
-        while await peer.read_request():
-            await peer.send(answer(b"new", FRESH))
-
-    async with proxying(None, slow, quick) as it:
-        first = it.connect()
-        await first.send(get())
-        await old_read.wait()
+    async with overtaken_read() as (it, finish):
         await it.ask(patch())
         assert await body_of(it, get()) == b"new"
-        may_answer.set()
-        assert (await first.read())[2] == b"old"
+        assert await finish() == b"old"
         assert await body_of(it, get()) == b"new"
-        await first.aclose()
 
 
 # -- stale

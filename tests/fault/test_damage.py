@@ -59,9 +59,19 @@ def events_of(name: str, count: int = 3) -> list[bytes]:
     return [make_event(f"{name}-{number}", 80) for number in range(count)]
 
 
+SHEDDING: dict[str, Any] = {"overflow": "shed-sessions", "max_bytes": 2_097_152, "min_free_bytes": 0}
+"""With a cap that a fraction of what is spooled by then fills."""
+
+
 def noise(seed: int) -> bytes:
     """Return an event of 4 KB that hardly compresses."""
     return make_event(Random(seed).randbytes(2_000).hex())
+
+
+async def fill(it: Forwarding) -> None:
+    """Accept 1 500 sessions of one such event each, 6 MB."""
+    for number in range(1_500):
+        await it.accept(f"s{number}", events=[noise(number)])
 
 
 @asynccontextmanager
@@ -430,11 +440,9 @@ async def test_sessions_on_a_damaged_page_keep_no_other_from_being_shed(
     database = tmp_path / schema.DATABASE_NAME
     config = make_config(linger_seconds=100_000)
     async with forwarding(tmp_path, FakeUpstream(), config) as it:
-        for number in range(1_500):
-            await it.accept(f"s{number}", events=[noise(number)])
+        await fill(it)
     ruin(database, page_of(database, "body", 0))
-    shedding: dict[str, Any] = {"overflow": "shed-sessions", "max_bytes": 2_097_152, "min_free_bytes": 0}
-    async with forwarding(tmp_path, FakeUpstream(), config, **shedding) as later:
+    async with forwarding(tmp_path, FakeUpstream(), config, **SHEDDING) as later:
         assert "spool.max_bytes" in later.spool.refusal
         await trio.sleep(5)
         assert later.spool.refusal == ""
@@ -455,11 +463,9 @@ async def test_damaged_marks_keep_neither_room_from_being_made_nor_sends_from_be
     async with forwarding(tmp_path, FakeUpstream(), config) as it:
         await it.accept("gone", flush="final")
         await trio.sleep(1)
-        for number in range(1_500):
-            await it.accept(f"s{number}", events=[noise(number)])
+        await fill(it)
     ruin(database, page_of(database, "mark", 0))
-    shedding: dict[str, Any] = {"overflow": "shed-sessions", "max_bytes": 2_097_152, "min_free_bytes": 0}
-    async with forwarding(tmp_path, FakeUpstream(), config, **shedding) as later:
+    async with forwarding(tmp_path, FakeUpstream(), config, **SHEDDING) as later:
         assert "spool.max_bytes" in later.spool.refusal
         await trio.sleep(200)
         assert later.spool.refusal == ""
