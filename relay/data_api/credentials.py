@@ -21,15 +21,13 @@ import structlog
 import trio
 
 from relay.config import DataApi
+from relay.protocol.fields import MAX_TOKEN_BYTES, is_token
 from relay.protocol.fingerprint import fingerprint
 
 log = structlog.get_logger()
 
 REREAD_SECONDS = 1.0
 """How old what was read of `token_file` may be when it is used."""
-
-MAX_TOKEN_BYTES = 8_192
-"""Of a token file; a token that is a header cannot be longer."""
 
 MAX_WORDS = 16
 """Of an `Authorization`, in which the relay's tokens are looked for: a header sent a few times, or a Digest's dozen.
@@ -145,8 +143,3 @@ async def read_token_file(path: Path) -> bytes:
             return file.read(MAX_TOKEN_BYTES + 1)
 
     return await trio.to_thread.run_sync(read)
-
-
-def is_token(token: bytes) -> bool:
-    """Return whether something can be a bearer token: visible ASCII without blanks."""
-    return bool(token) and len(token) <= MAX_TOKEN_BYTES and all(0x21 <= byte <= 0x7E for byte in token)

@@ -24,11 +24,19 @@ HOP_BY_HOP = frozenset(
 """Fields of one connection (RFC 9110, 7.6.1 and 11.7); so are all that Connection names. `proxy-status` is not: like
 `via` it tells of all proxies on the way (RFC 9209, 2)."""
 
+MAX_TOKEN_BYTES = 8_192
+"""Of a bearer token: an OAuth access token may be a signed one of a kilobyte or two, a header cannot be longer."""
+
 MAX_DELTA_SECONDS = 2**31
 """A longer time in a header is taken for this (RFC 9111, 1.2.2)."""
 
 _DIRECTIVE = re.compile(rb"""([^\s,;="]+)(?:\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?""")
 _ENTITY_TAG = re.compile(rb'(?:W/)?("[\x21\x23-\x7e\x80-\xff]*")')
+
+
+def is_token(token: bytes) -> bool:
+    """Return whether something can be a bearer token: visible ASCII without blanks."""
+    return bool(token) and len(token) <= MAX_TOKEN_BYTES and all(0x21 <= byte <= 0x7E for byte in token)
 
 
 def find_field(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:

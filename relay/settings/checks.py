@@ -20,6 +20,7 @@ import msgspec
 
 from relay.config import Batch, Config
 from relay.protocol.endpoint import parse_address
+from relay.protocol.fields import is_token
 from relay.protocol.limit import INITIAL_LIMIT
 from relay.settings.options import MASK
 
@@ -34,11 +35,6 @@ MIN_CLIENT_TOKEN = 16
 
 KEY = re.compile(r"[!-~]{1,256}")
 """What the intake takes for a key: a header's value that has no blanks (RFC 9110, 5.5)."""
-
-
-TOKEN = re.compile(r"[!-~]{1,8192}")
-"""What can be a token of the data API: an OAuth access token may be a signed one of a kilobyte or two. As long as one
-may be in `data_api.token_file`."""
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -166,7 +162,7 @@ def _data_problems(config: Config) -> Iterator[Finding]:
     ):
         if MASK in tokens:
             yield Finding(option, "must be the token itself; print-config writes asterisks instead of it")
-        elif not all(TOKEN.fullmatch(token) for token in tokens):
+        elif not all(is_token(token.encode(errors="surrogatepass")) for token in tokens):
             yield Finding(option, "must be visible ASCII without blanks, as it becomes a header")
     if any(len(token) < MIN_CLIENT_TOKEN for token in data.client_tokens):
         yield Finding("data_api.client_tokens", f"must have {MIN_CLIENT_TOKEN} characters or more, so none is guessed")

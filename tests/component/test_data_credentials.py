@@ -13,7 +13,8 @@ import trio
 from structlog.testing import capture_logs
 
 from relay.config import DataApi
-from relay.data_api.credentials import REREAD_SECONDS, Credentials, is_token
+from relay.data_api.credentials import REREAD_SECONDS, Credentials
+from relay.protocol.fields import is_token
 from tests.component.data_proxy import ISSUE, ISSUES, answer, get, patch, proxying
 
 FILE = "/secrets/lucent"
